@@ -346,8 +346,10 @@ def verdicts(
 
 # %% ../../nbs/08_reporting/claims.ipynb #eca946a6
 STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}.claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
-.claims .v{font-weight:600;white-space:nowrap}.claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}.claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
-.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}.claims small{color:#444}</style>"""
+.claims td:first-child{min-width:13em}.claims td{min-width:8em}.claims .v{font-weight:600}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}.claims small{color:#444}
+.claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}.claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
+@media(max-width:40rem){.claims,.claims tbody,.claims tr,.claims td{display:block}.claims thead{display:none}.claims tr{border-bottom:2px solid #bbb;padding:.5em 0}
+.claims td,.claims td:first-child{border:0;padding:.12em 0;min-width:0}.claims td[data-label]::before{content:attr(data-label) ": ";color:#555}.claims td:first-child{font-weight:600}.claims td:first-child small{font-weight:400}}</style>"""
 SIGNS = {"holds": ("holds", "✓ "), "contradicted": ("contradicted", "✗ "), "inconclusive": ("inconclusive", "? "), "not tested at this scale": ("untested", "")}
 
 def claims_html(
@@ -367,5 +369,6 @@ def _claim_row(record):
     rule = f"<br><small>{html.escape(record['rule'])}</small>" if record["ours"]["mean"] is not None else ""
     controls = "<br>".join(f"{html.escape(c['name'])}: <span class='num'>{c['own']['text']}</span>" for c in record["controls"]) or "none"
     note = f"<br><small>{html.escape(record['note'])}</small>" if record["note"] else ""
-    return (f"<td>{html.escape(record['statement'])}{rule}</td><td>{html.escape(record['published']['text'])}{source}</td><td class='num'>{record['ours']['text']}</td>"
-            f"<td>{controls}</td><td><span class='v {kind}'>{sign}{record['verdict']}</span>{note}</td>")
+    return (f"<td>{html.escape(record['statement'])}{rule}</td><td data-label='published'>{html.escape(record['published']['text'])}{source}</td>"
+            f"<td class='num' data-label='ours'>{record['ours']['text']}</td><td data-label='controls'>{controls}</td>"
+            f"<td data-label='verdict'><span class='v {kind}'>{sign}{record['verdict']}</span>{note}</td>")

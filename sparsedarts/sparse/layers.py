@@ -33,6 +33,7 @@ def is_chosen(
     if callable(choice): return bool(choice(name, model.get_submodule(name)))
     raise ParameterError(f"choose layers by pattern, module type or function(name, module), got {choice!r}")
 
+# %% ../../nbs/02_sparse/layers.ipynb #3f798049
 def chosen_layers(
     names: list[str],   # of the layers that can be masked
     model: nn.Module,   # the network
@@ -59,23 +60,28 @@ def unwrapped(
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
         else: return model
 
+# %% ../../nbs/02_sparse/layers.ipynb #713a7011
 def check_convertible(
     model: nn.Module,   # the network
     chosen: set[str],   # module names to be masked
     mode: str | None,   # the mode they will have
 ) -> None:
     "Raise where a mask on one of these layers would not mean what it says."
-    modules = dict(model.named_modules())
+    modules, owners = dict(model.named_modules()), {}
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items(): owners.setdefault(id(parameter), []).append((name, key))
     for name in chosen:
         weight = modules[name]._parameters.get("weight")
-        if weight is None: raise ParameterError(f"the weight of {name!r} is computed from other parameters (pruning hooks, weight norm ...): make it a plain parameter first, or exclude {name!r}")
+        if weight is None:
+            raise ParameterError(f"the weight of {name!r} is computed from other parameters (pruning hooks, weight norm ...): "
+                                 f"make it a plain parameter first, or exclude {name!r}")
         around = [".".join(name.split(".")[:n]) for n in range(name.count(".") + 1)]
         if (mode or getattr(modules[name], "mode", "soft")) == "soft" and any(isinstance(modules[path], nn.TransformerEncoderLayer) for path in around):
-            raise ParameterError(f"{name!r} is inside an nn.TransformerEncoderLayer, whose inference path reads weights without their masks: use mode='hard' or exclude it")
-        for other, module in modules.items():
-            for key, parameter in module._parameters.items():
-                if parameter is weight and not (other in chosen and key == "weight"):
-                    raise ParameterError(f"the weight of {name!r} is shared with {other + '.' + key!r}, which would not be masked: include both or exclude both")
+            raise ParameterError(f"{name!r} is inside an nn.TransformerEncoderLayer, whose inference path reads weights without their masks: "
+                                 "use mode='hard' or exclude it")
+        for other, key in owners[id(weight)]:
+            if key == "weight" and (other in chosen or isinstance(modules[other], MaskedLayer)): continue
+            raise ParameterError(f"the weight of {name!r} is shared with {other + '.' + key!r}, which would not be masked: include both or exclude both")
 
 # %% ../../nbs/02_sparse/layers.ipynb #c43c8d9e
 MASKED = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
@@ -90,7 +96,7 @@ def sparsify(
     network = unwrapped(model)
     if mode is not None: check_choice(mode, ("soft", "hard"), "mode")
     layers = {name: module for name, module in network.named_modules() if type(module) in MASKED or isinstance(module, MaskedLayer)}
-    if not layers: raise ParameterError(f"{type(network).__name__} has no Conv2d or Linear layer to mask (subclasses with a forward pass of their own are left alone)")
+    if not layers: raise ParameterError(f"{type(network).__name__} has no Conv2d or Linear layer to mask (their subclasses are left alone)")
     chosen = set(layers) if include is None else chosen_layers(list(layers), network, include, "include")
     if exclude is not None: chosen -= chosen_layers(list(layers), network, exclude, "exclude")
     if not chosen: raise ParameterError(f"no layer is left to mask: include={include!r}, exclude={exclude!r}")
@@ -124,6 +130,7 @@ def weight_names(
         pairs.append((names[id(weight)], layer))
     return pairs
 
+# %% ../../nbs/02_sparse/layers.ipynb #88cd3a6e
 def masked_layers(
     model: nn.Module,          # the network
 ) -> dict[str, MaskedLayer]:   # name of the weight -> layer (the first, where several share it); empty for a dense network
@@ -132,6 +139,7 @@ def masked_layers(
     for name, layer in weight_names(model): layers.setdefault(name, layer)
     return layers
 
+# %% ../../nbs/02_sparse/layers.ipynb #05cd4644
 def masks_of(
     model: nn.Module,  # a network with masked layers
 ) -> Masks:            # a copy: later changes of the network do not reach it
@@ -148,18 +156,25 @@ def apply_masks(
 ) -> nn.Module:                # the model
     "Set the masks of the named layers; plain ones are converted first."
     network, masks = unwrapped(model), masks if isinstance(masks, Masks) else Masks(masks)
+    if mode is not None: check_choice(mode, ("soft", "hard"), "mode")
     parameters = dict(network.named_parameters())
     for name, mask in masks.items():
         if name not in parameters: raise unknown_name("parameter of this network", name, parameters)
         if mask.shape != parameters[name].shape: raise ShapeError(f"the mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(parameters[name].shape)}")
-    ids = {id(parameters[name]) for name in masks}
-    def is_named(path, layer): return id(layer._parameters.get("weight")) in ids
-    sparsify(network, include=is_named, mode=mode)
-    unfit = set(masks) - set(masked_layers(network))
-    if unfit: raise ParameterError(f"{sorted(unfit)} are not weights of Conv2d or Linear layers; only those carry masks")
+    fitting = {id(module._parameters.get("weight")): module for module in network.modules() if type(module) in MASKED or isinstance(module, MaskedLayer)}
+    unfit = [name for name in masks if id(parameters[name]) not in fitting]
+    if unfit: raise ParameterError(f"{', '.join(unfit)}: not the weight of a Conv2d or Linear layer; only those carry masks")
+    plain = {id(parameters[name]) for name in masks if not isinstance(fitting[id(parameters[name])], MaskedLayer)}
+    if plain: sparsify(network, include=lambda _, layer: id(layer._parameters.get("weight")) in plain, mode=mode)
     for name, layer in weight_names(network):
-        if name in masks: layer.set_mask(masks[name])
+        if name in masks: _set_mask(layer, masks[name], mode)
     return model
+
+def _set_mask(layer, mask, mode):
+    "Mask and mode of one layer, in the order that loses no weight which the new mask keeps."
+    if mode == "soft": layer.mode = mode
+    layer.set_mask(mask)
+    if mode == "hard": layer.mode = mode
 
 # %% ../../nbs/02_sparse/layers.ipynb #5200cfea
 def densify(
@@ -213,10 +228,13 @@ class Hold:
         if every_step: self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.clear()))
 
     def refresh(self) -> None:
-        "Read the model's hard layers again and clear."
+        "Read the model's hard layers again; clear weights, state and gradients."
         mine = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        self.layers = [layer for _, layer in weight_names(self.model) if layer.mode == "hard" and id(layer.weight) in mine]
+        self._all = [layer for _, layer in weight_names(self.model)]
+        self.layers = [layer for layer in self._all if layer.mode == "hard" and id(layer.weight) in mine]
         self.clear()
+        for layer in self.layers:
+            if layer.weight.grad is not None: layer.weight.grad.mul_(layer.mask)
         self._seen = self._masks()
 
     def clear(self) -> None:
@@ -231,7 +249,7 @@ class Hold:
         "Let the optimiser go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), layer.mask._version, layer.mode) for layer in self.layers]
+    def _masks(self): return [(id(layer.mask), layer.mask._version, layer.mode) for layer in self._all]
 
     def _follow(self):
         if self._masks() != self._seen: self.refresh()

@@ -107,6 +107,7 @@ def check_same_layout(
         if mask.shape != second[name].shape:
             raise ShapeError(f"the masks of {name!r} have different shapes: {tuple(mask.shape)} and {tuple(second[name].shape)}")
 
+# %% ../../nbs/02_sparse/masks.ipynb #66aff2ea
 def combine(
     sets: Sequence[Masks],  # of one network, at least one
     rule: Callable,         # (mask, mask) -> mask, applied from left to right
@@ -127,6 +128,7 @@ def same_masks(
     if set(first) != set(second): return False
     return all(mask.shape == second[name].shape and torch.equal(mask, second[name].to(mask.device, mask.dtype)) for name, mask in first.items())
 
+# %% ../../nbs/02_sparse/masks.ipynb #b9caf865
 def distance(
     first: Masks,            # a
     second: Masks,           # b, of the same network
@@ -212,9 +214,9 @@ def mask_picture(
     "A mask as a matrix that fits a screen, and the meaning of its cells."
     tiled = mask.dim() == 4
     picture = kernel_tiles(mask) if tiled else mask.float().cpu().reshape(len(mask), -1)
-    if max(picture.shape) <= limit: return picture, "a weight"
+    if max(picture.shape) <= limit: return picture, "one weight"
     if tiled: picture = mask.float().cpu().mean((2, 3))
-    if max(picture.shape) <= limit: return picture, "a kernel's density"
+    if max(picture.shape) <= limit: return picture, "kernel density"
     rows, columns = (-(-n // limit) for n in picture.shape)
     pooled = torch.nn.functional.avg_pool2d(picture[None], (rows, columns), ceil_mode=True, count_include_pad=False)[0]
     return pooled, f"density of {rows}x{columns} {'kernels' if tiled else 'weights'}"
@@ -226,7 +228,7 @@ def draw_masks(
     columns: int = 4,                    # panels across
     limit: int = 160,                    # most cells a side of a panel
 ):                                       # a matplotlib figure
-    "One panel for each layer: filters down, input channels across, kept weights dark."
+    "One panel for each layer: filters down, input channels across, kept weights dark, removed ones light, gaps white."
     from sparsedarts.plots import new_figure, theme
     names = list(masks) if names is None else [names] if isinstance(names, str) else list(names)
     if not names: raise ParameterError("no layer to draw: the list of names is empty")
@@ -243,10 +245,11 @@ def draw_masks(
 def _draw_panel(axis, name, mask, limit):
     "One layer: the picture, its shape, its density and what a cell is."
     picture, meaning = mask_picture(mask, limit)
-    axis.imshow(picture.numpy(), cmap="cividis_r", vmin=0, vmax=1, interpolation="nearest")
+    long, dark = max(picture.shape) > 4 * min(picture.shape), max(picture.nan_to_num(0).max().item(), 0.01)
+    axis.imshow(picture.numpy(), cmap="Blues", vmin=-0.2 * dark, vmax=dark, interpolation="nearest", aspect="auto" if long else "equal")
     axis.grid(False)
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_title(f"{name}\n{mask.float().mean().item():.1%} of {'x'.join(map(str, mask.shape))}", fontsize=8)
-    axis.set_xlabel(f"input; a cell is {meaning}", fontsize=7)
+    axis.set_xlabel(f"input\na cell: {meaning}" + ("" if meaning == "one weight" else f", at most {dark:.2f}"), fontsize=7)
     axis.set_ylabel("output", fontsize=7)

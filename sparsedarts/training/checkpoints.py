@@ -6,8 +6,9 @@
 __all__ = ['describe', 'code_of', 'checksum', 'signature', 'data_signature', 'mask_state', 'load_mask_state', 'Checkpoint',
            'pack', 'unpack']
 
-# %% ../../nbs/06_training/checkpoints.ipynb #302473cc
+# %% ../../nbs/06_training/checkpoints.ipynb #a7fcfafa
 import functools
+import glob
 import hashlib
 import time
 import zlib
@@ -72,12 +73,13 @@ def signature(
 # %% ../../nbs/06_training/checkpoints.ipynb #09d0f1e8
 def data_signature(
     data,     # from `load_data`, or anything with a `train` split
-) -> str:     # "digits, 718 training images of (1, 8, 8), labels 1a2b3c4d"
+) -> str:     # "digits, 718 training images of (1, 8, 8), labels 1a2b3c4d, augmentation {pad: 1}"
     "A data set as text."
     labels = getattr(data.train, "labels", None)
     name, shape = getattr(data, "name", type(data).__name__), getattr(data, "shape", None)
     known = checksum(labels) if isinstance(labels, Tensor) else "unknown"
-    return f"{name}, {len(data.train)} training images of {shape and tuple(shape)}, labels {known}"
+    return (f"{name}, {len(data.train)} training images of {shape and tuple(shape)}, labels {known}, "
+            f"augmentation {describe(getattr(data, 'augmentation', None))}")
 
 # %% ../../nbs/06_training/checkpoints.ipynb #7e99e943
 def mask_state(
@@ -127,6 +129,7 @@ class Checkpoint:
 
     def load(self) -> dict | None:  # what was saved; None where there is no file yet
         "Read the file if there is one and insist that it is ours."
+        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"): leftover.unlink(missing_ok=True)
         if not self.path.exists(): return None
         state = load_checkpoint(self.path)
         saved = state.get("configuration")
