@@ -164,7 +164,7 @@ def summarise_runs(
     failed, fresh = [r for r in runs if r.status != "done"], [r for r in runs if r.fresh]
     text = f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {len(runs) - len(failed)} done, {len(failed)} failed, in {duration(seconds)}"
     if not fresh: text = f"nothing to do: {'the run is' if len(runs) == 1 else f'all {len(runs)} runs are'} finished"
-    for run in failed: text += f"\n  {run}: {run.error}"
+    for run in failed: text += f"\n  {run}: {run.error[:300]}"
     say(dict(runs=[r.as_dict() for r in runs], seconds=round(seconds, 1), report=index), as_json, text + (f"\nreport: {index}" if index else ""))
 
 # %% ../nbs/08_reporting/cli.ipynb #dd90fe7e

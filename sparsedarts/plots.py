@@ -138,7 +138,9 @@ def _band(axes, groups, look, name, few):
     axes.plot(groups.x, groups["mean"], label=name, markersize=5 if few else 4, markevery=1 if few else 0.1, **look)
     known = groups[groups.n > 1]
     if not few: axes.fill_between(known.x, known.low, known.high, color=look["color"], alpha=0.16, linewidth=0)
-    elif len(known): axes.errorbar(known.x, known["mean"], [known["mean"] - known.low, known.high - known["mean"]], fmt="none", ecolor=look["color"], capsize=3, elinewidth=1)
+    elif len(known):
+        spread = [known["mean"] - known.low, known.high - known["mean"]]
+        axes.errorbar(known.x, known["mean"], spread, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1)
 
 def _positions(values):
     "Places on the x axis, and their names: numbers stand where they are, text is lined up in order of appearance."
@@ -209,7 +211,8 @@ def heatmap(
             step = -(-len(names) // 16)
             axis.set_ticks(range(0, len(names), step), [str(n) for n in names[::step]])
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    figure.alt = _describe(title, f"Heat map of {label}: {ylabel} down ({len(frame)}), {xlabel} across ({frame.shape[1]}), from {np.nanmin(values):.3g} to {np.nanmax(values):.3g}.")
+    extent = f"from {np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
+    figure.alt = _describe(title, f"Heat map of {label}: {ylabel} down ({len(frame)}), {xlabel} across ({frame.shape[1]}), {extent}.")
     return figure
 
 def _cell_numbers(axes, image, values, form):
@@ -259,11 +262,13 @@ def front(
             mine = means[by] == method
             look = style(i)
             spread = [(means["mean"] - means.low)[mine].fillna(0), (means.high - means["mean"])[mine].fillna(0)]
-            axes.errorbar(costs["mean"][mine], means["mean"][mine], spread, fmt=look["marker"], color=look["color"], label=str(method), capsize=2, elinewidth=0.9, markersize=6)
+            axes.errorbar(costs["mean"][mine], means["mean"][mine], spread, fmt=look["marker"], color=look["color"], label=str(method),
+                          capsize=2, elinewidth=0.9, markersize=6)
         if log: axes.set_xscale("log")
         axes.set(xlabel=xlabel or cost, ylabel=ylabel or value, title=title)
         axes.legend()
-    figure.alt = _describe(title, f"{ylabel or value} against {xlabel or cost} for {', '.join(map(str, methods))}; {len(best)} of {len(means)} points are on the front.")
+    text = f"{ylabel or value} against {xlabel or cost} for {', '.join(map(str, methods))}"
+    figure.alt = _describe(title, f"{text}; {len(best)} of {len(means)} points are on the front.")
     return figure
 
 # %% ../nbs/00_core/plots.ipynb #2701ef72

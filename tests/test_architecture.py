@@ -93,6 +93,7 @@ def test_prose_names_what_exists():
         text = re.sub(r"```.*?```", "", text, flags=re.S)
         for quoted in re.findall(r"`([^`\n]+)`", text):
             if (ROOT / quoted).exists() or (path.parent / quoted).exists(): continue
+            if quoted.startswith(("--", "git ", "*.")): continue  # another program's options, git, file patterns
             for word in re.findall(r"[A-Za-z_][A-Za-z0-9_]{2,}", quoted):
                 if word not in known and not (ROOT / word).exists(): wrong.append(f"{path.relative_to(ROOT)}: `{quoted}` ({word})")
     assert not wrong, "prose names what does not exist:\n" + "\n".join(wrong)

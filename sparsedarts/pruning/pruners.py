@@ -166,7 +166,7 @@ def renew(
     masks = pruner.criterion.masks(pruner.model, pruner.layers, scheduled, target, pool, stream(pruner, "score", cycle))
     set_masks(pruner, masks, "update", scheduled)
     if peak(schedule, pruner.t) is None: return
-    warn_if_emptied(masks, f"the pruner's step {pruner.t}", stacklevel=5)
+    warn_if_emptied(masks, f"the pruner's step {pruner.t}", stacklevel=4)
     if cycle < schedule.cycles - 1: pruner.saved.append(masks)
 
 # %% ../../nbs/03_pruning/pruners.ipynb #4b5be977

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'VERDICTS', 'STYLE', 'SIGNS', 'Published', 'Condition', 'condition', 'select', 'values_by_seed', 'Outcome',
-           'judge', 'PairedDifference', 'Threshold', 'NotTestable', 'Claim', 'seeds_needed', 'judged', 'Verdicts',
-           'verdicts', 'claims_html']
+           'judge', 'PairedDifference', 'Threshold', 'NotTestable', 'Claim', 'seeds_needed', 'outcome_dict', 'judged',
+           'Verdicts', 'verdicts', 'claims_html']
 
 # %% ../../nbs/08_reporting/claims.ipynb #f06936b7
 import html
@@ -33,8 +33,10 @@ class Published:
             given = getattr(self, name)
             try: bad = given is not None and not Decimal(str(given)).is_finite()
             except InvalidOperation: bad = True
-            if bad or isinstance(given, bool): raise ParameterError(f"a published {name} is a number or its text, as in '70.49', or None; got {given!r}")
-        if self.value is None and self.minus is not None: raise ParameterError("a published difference needs both numbers; leave out `minus` or give `value`")
+            if bad or isinstance(given, bool):
+                raise ParameterError(f"a published {name} is a number or its text, as in '70.49', or None; got {given!r}")
+        if self.value is None and self.minus is not None:
+            raise ParameterError("a published difference needs both numbers; leave out `minus` or give `value`")
 
     @property
     def number(self) -> float | None:  # what our measurement is compared with
@@ -69,7 +71,8 @@ def condition(
 ) -> Condition:
     "Read a condition; without a percentage the level is 95 %."
     found = re.fullmatch(rf"\s*(?:(\d+(?:\.\d+)?)\s*% )?interval (?:(above|below) {NUMBER}|between {NUMBER} and {NUMBER})\s*", str(text))
-    if not found: raise ParameterError(f"cannot read the condition {text!r}; write '95 % interval above 0', 'interval below 2' or 'interval between -1 and 1'")
+    if not found:
+        raise ParameterError(f"cannot read the condition {text!r}; write '95 % interval above 0', 'interval below 2' or 'interval between -1 and 1'")
     percent, side, bound, low, high = found.groups()
     level = check_number(float(percent or 95) / 100, "level", low=0.5, high=0.9999)
     if side == "above": return Condition(float(bound), math.inf, level)
@@ -105,9 +108,12 @@ def values_by_seed(
     if len(repeated):
         first = repeated[repeated.seed == repeated.seed.iloc[0]]
         differ = [c for c in first.columns if first[c].astype(str).nunique() > 1]
-        raise ParameterError(f"{len(first)} different trials of {dict(where)} share seed {first.seed.iloc[0]}: add the setting that tells them apart to `at`; they differ in {', '.join(differ)}")
+        raise ParameterError(f"{len(first)} different trials of {dict(where)} share seed {first.seed.iloc[0]}: "
+                             f"add the setting that tells them apart to `at`; they differ in {', '.join(differ)}")
     bad = unique[~_finite(unique[metric])]
-    if len(bad): raise NumericalError(f"{metric} is undefined (nan) in the trial of {dict(where)} with seed {bad.seed.iloc[0]}: a diverged run must be repeated or reported, not averaged")
+    if len(bad):
+        raise NumericalError(f"{metric} is undefined (nan) in the trial of {dict(where)} with seed {bad.seed.iloc[0]}: "
+                             "a diverged run must be repeated or reported, not averaged")
     return unique.set_index("seed")[metric].astype(float).sort_index(), note
 
 def _finite(column):
@@ -134,7 +140,7 @@ class Outcome:
     difference: bool = True            # a difference (printed with its sign), not a value
 
     def __str__(self):
-        if self.mean is None: return "-"
+        if self.mean is None: return "not measured"
         half = "" if self.low is None else f" ± {(self.high - self.low) / 2:.2f}"
         return f"{self.mean:{'+' if self.difference else ''}.2f}{half} (n={self.n})"
 
@@ -154,8 +160,8 @@ def judge(
         verdict = "inconclusive"
         notes.append(f"only {n} seed{'s' if n > 1 else ''}: the rule asks for at least {minimum}")
     elif low == high: notes.append("all seeds gave the same value: the interval has no width")
-    spread = float(values.std(ddof=1)) if n > 1 else None
-    return Outcome(verdict, mean, low if n > 1 else None, high if n > 1 else None, n, spread, rule.level, tuple(values.index.tolist()), "; ".join(notes))
+    ends = dict(low=low, high=high, sd=float(values.std(ddof=1))) if n > 1 else {}
+    return Outcome(verdict, mean, n=n, level=rule.level, seeds=tuple(values.index.tolist()), note="; ".join(notes), **ends)
 
 # %% ../../nbs/08_reporting/claims.ipynb #ae92b60d
 def _where(
@@ -239,9 +245,12 @@ class Claim:
     controls: list | Mapping = ()          # methods' names, or label -> name or dictionary of columns
 
     def __post_init__(self):
-        if not isinstance(self.published, Published): raise ParameterError(f"claim {self.id!r}: `published` must be a Published(...), got {self.published!r}")
-        if not hasattr(self.rule, "measure"): raise ParameterError(f"claim {self.id!r}: `rule` must be PairedDifference, Threshold or NotTestable, got {self.rule!r}")
-        if isinstance(self.controls, str): raise ParameterError(f"claim {self.id!r}: `controls` is a list of names, got the text {self.controls!r}")
+        if not isinstance(self.published, Published):
+            raise ParameterError(f"claim {self.id!r}: `published` must be a Published(...), got {self.published!r}")
+        if not hasattr(self.rule, "measure"):
+            raise ParameterError(f"claim {self.id!r}: `rule` must be PairedDifference, Threshold or NotTestable, got {self.rule!r}")
+        if isinstance(self.controls, str):
+            raise ParameterError(f"claim {self.id!r}: `controls` is a list of names, got the text {self.controls!r}")
 
     def control_outcomes(self,
         trials,        # tidy DataFrame
@@ -249,8 +258,11 @@ class Claim:
         "What each control reaches by the claim's own rule."
         if isinstance(self.rule, NotTestable): return []
         named = self.controls.items() if isinstance(self.controls, Mapping) else ((_name(c), c) for c in self.controls)
-        pair = dict(at=self.rule.at, metric=self.rule.metric, minimum=self.rule.minimum)
-        return [dict(name=name, own=replace(self.rule, of=of).measure(trials), rest=PairedDifference(self.rule.of, of, **pair).measure(trials)) for name, of in named]
+        rule, found = self.rule, []
+        for name, of in named:
+            rest = PairedDifference(rule.of, of, at=rule.at, metric=rule.metric, minimum=rule.minimum)
+            found.append(dict(name=name, own=replace(rule, of=of).measure(trials), rest=rest.measure(trials)))
+        return found
 
 # %% ../../nbs/08_reporting/claims.ipynb #4a1362c7
 def seeds_needed(
@@ -274,7 +286,13 @@ def seeds_needed(
         if high > 10**6: raise ParameterError(f"an effect of {effect} against a spread of {sd_of_differences} needs more than a million seeds")
     return next(n for n in range(max(2, high // 2), high + 1) if enough(n))
 
-# %% ../../nbs/08_reporting/claims.ipynb #b8ace895
+# %% ../../nbs/08_reporting/claims.ipynb #54bced16
+def outcome_dict(
+    outcome: Outcome,
+) -> dict:             # plain values, and the outcome in words
+    "An outcome as `results.json` keeps it."
+    return asdict(outcome) | dict(seeds=list(outcome.seeds), text=str(outcome))
+
 def judged(
     claim: Claim,      # written before the runs
     trials,            # tidy DataFrame
@@ -289,10 +307,8 @@ def judged(
         survives = condition(claim.rule.holds_if).decide(*wide[1:]) == "holds"
     return dict(id=claim.id, statement=claim.statement, verdict=outcome.verdict,
                 published=asdict(claim.published) | dict(text=str(claim.published), number=number),
-                rule=str(claim.rule), ours=asdict(outcome) | dict(text=str(outcome), seeds=list(outcome.seeds)),
-                controls=[dict(name=c["name"], own=asdict(c["own"]) | dict(text=str(c["own"]), seeds=list(c["own"].seeds)),
-                               rest=asdict(c["rest"]) | dict(text=str(c["rest"]), seeds=list(c["rest"].seeds))) for c in claim.control_outcomes(trials)],
-                note=outcome.note, survives_correction=survives)
+                rule=str(claim.rule), ours=outcome_dict(outcome), note=outcome.note, survives_correction=survives,
+                controls=[dict(name=c["name"], own=outcome_dict(c["own"]), rest=outcome_dict(c["rest"])) for c in claim.control_outcomes(trials)])
 
 # %% ../../nbs/08_reporting/claims.ipynb #9b03c657
 class Verdicts(list):
@@ -308,7 +324,8 @@ class Verdicts(list):
         held = [r for r in tested if r["verdict"] == "holds"]
         kept = sum(bool(r["survives_correction"]) for r in held)
         after = f" {kept} of the {len(held)} that hold still do when the intervals are widened for {len(tested)} claims (Bonferroni)." if held else ""
-        return f"{len(tested)} claims were judged together, each by itself: if none were true, up to {error:.0%} chance that at least one would seem to hold.{after}"
+        return (f"{len(tested)} claims were judged together, each by itself: if none were true, "
+                f"up to {error:.0%} chance that at least one would seem to hold.{after}")
 
     def table(self):  # DataFrame, one row per claim
         import pandas as pd
@@ -325,11 +342,16 @@ class Verdicts(list):
     def figure(self, title: str = "Measured differences", unit: str = "points"):  # the forest plot of all that was measured
         import pandas as pd
         from sparsedarts.plots import forest
-        rows = [dict(name=r["id"], published=r["published"]["number"] if r["published"]["minus"] is not None else None, **{k: r["ours"][k] for k in ("mean", "low", "high", "n")}) for r in self if r["ours"]["mean"] is not None and r["ours"]["difference"]]
+        def row(record):
+            number = record["published"]["number"] if record["published"]["minus"] is not None else None
+            return dict(name=record["id"], published=number, **{k: record["ours"][k] for k in ("mean", "low", "high", "n")})
+        rows = [row(record) for record in self if record["ours"]["mean"] is not None and record["ours"]["difference"]]
         if not rows: raise ParameterError("no claim was measured: there is nothing to draw")
         return forest(pd.DataFrame(rows).astype(dict(low=float, high=float, published=float)), title=title, xlabel=f"difference, {unit}")
 
-    def __repr__(self): return "\n".join(f"{r['id']}: {r['verdict']} (published {r['published']['text']}, ours {r['ours']['text']})" for r in self) or "no claims"
+    def __repr__(self):
+        return "\n".join(f"{r['id']}: {r['verdict']} (published {r['published']['text']}, ours {r['ours']['text']})" for r in self) or "no claims"
+
     def _repr_html_(self): return claims_html(self, self.family_note())
 
 # %% ../../nbs/08_reporting/claims.ipynb #e3da5460
@@ -345,12 +367,17 @@ def verdicts(
     return Verdicts(judged(claim, trials, family) for claim in claims)
 
 # %% ../../nbs/08_reporting/claims.ipynb #eca946a6
-STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}.claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
-.claims td:first-child{min-width:13em}.claims td{min-width:8em}.claims .v{font-weight:600}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}.claims small{color:#444}
-.claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}.claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
-@media(max-width:40rem){.claims,.claims tbody,.claims tr,.claims td{display:block}.claims thead{display:none}.claims tr{border-bottom:2px solid #bbb;padding:.5em 0}
-.claims td,.claims td:first-child{border:0;padding:.12em 0;min-width:0}.claims td[data-label]::before{content:attr(data-label) ": ";color:#555}.claims td:first-child{font-weight:600}.claims td:first-child small{font-weight:400}}</style>"""
-SIGNS = {"holds": ("holds", "✓ "), "contradicted": ("contradicted", "✗ "), "inconclusive": ("inconclusive", "? "), "not tested at this scale": ("untested", "")}
+STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}
+.claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
+.claims td:first-child{min-width:13em}.claims td{min-width:8em}.claims small{color:#444}
+.claims .v{font-weight:600}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}
+.claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}
+.claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
+@media(max-width:40rem){.claims,.claims tbody,.claims tr,.claims td{display:block}.claims thead{display:none}
+.claims tr{border-bottom:2px solid #bbb;padding:.5em 0}.claims td,.claims td:first-child{border:0;padding:.12em 0;min-width:0}
+.claims td[data-label]::before{content:attr(data-label) ": ";color:#555}
+.claims td:first-child{font-weight:600}.claims td:first-child small{font-weight:400}}</style>"""
+SIGNS = dict(zip(VERDICTS, (("holds", "✓ "), ("contradicted", "✗ "), ("inconclusive", "? "), ("untested", ""))))
 
 def claims_html(
     records: list[dict],  # judged claims
@@ -360,7 +387,8 @@ def claims_html(
     head = "".join(f"<th scope='col'>{name}</th>" for name in ("claim", "published", "ours, interval, seeds", "controls by the same rule", "verdict"))
     body = "".join(f"<tr>{_claim_row(record)}</tr>" for record in records)
     below = f"<p><small>{html.escape(note)}</small></p>" if note else ""
-    return f"{STYLE}<div class='scroll' style='overflow-x:auto'><table class='claims'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}"
+    table = f"<table class='claims'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{STYLE}<div class='scroll' style='overflow-x:auto'>{table}</div>{below}"
 
 def _claim_row(record):
     "The cells of one claim."

@@ -60,7 +60,8 @@ def code_parts(
     for name in sorted(set().union(*map(_names_in, codes)) | (set(inspect.getclosurevars(fn).nonlocals) if space else set())):
         value = space.get(name)
         if isinstance(value, (bool, int, float, str, tuple, list, dict)): seen.setdefault(f"{name} =", repr(value))
-        elif isinstance(value, (types.FunctionType, type)) and value.__module__ == fn.__module__ and value.__qualname__ not in seen: code_parts(value, seen)
+        elif isinstance(value, (types.FunctionType, type)) and value.__module__ == fn.__module__ and value.__qualname__ not in seen:
+            code_parts(value, seen)
     return seen
 
 # %% ../../nbs/08_reporting/trials.ipynb #f5869924
@@ -72,7 +73,9 @@ def trial_name(
     for key, value in settings.items():
         try: same = plain(value) == (list(value) if isinstance(value, tuple) else value)
         except (ParameterError, ValueError, RuntimeError): same = False
-        if not same: raise ParameterError(f"setting {key}={value!r} is not a plain value (text, number, list ...): pass a name or a number and build the object inside the trial")
+        if not same:
+            raise ParameterError(f"setting {key}={value!r} is not a plain value (text, number, list ...): "
+                                 "pass a name or a number and build the object inside the trial")
     name = getattr(fn, "__name__", None) or fn.func.__name__
     content = json.dumps([name, code_parts(fn), plain(settings)], sort_keys=True)
     words = "-".join(str(v) if isinstance(v, str) else f"{k}{v}" for k, v in settings.items())
@@ -183,9 +186,12 @@ def _finished(
     waiting = [executor.submit(job, name, settings, os.getpid()) for name, settings in tasks]
     try:
         for future in as_completed(waiting): yield future.result()
-    except TerminatedWorkerError as error: raise RunError(f"a worker process was killed, perhaps for want of memory; finished trials are kept, use fewer workers than {workers}") from error
+    except TerminatedWorkerError as error:
+        raise RunError("a worker process was killed, perhaps for want of memory; "
+                       f"finished trials are kept, use fewer workers than {workers}") from error
     except (BrokenProcessPool, pickle.PicklingError, TypeError) as error:
-        raise RunError(f"cannot send {getattr(fn, '__name__', fn)} to a worker process: make what it needs inside it, or use workers=1 ({error})") from error
+        raise RunError(f"cannot send {getattr(fn, '__name__', fn)} to a worker process: "
+                       f"make what it needs inside it, or use workers=1 ({error})") from error
     finally:
         for future in waiting: future.cancel()
 
@@ -224,8 +230,10 @@ class Trials:
         todo = [(name, one) for name, one in wanted.items() if self.asked[name] is None]
         if todo: self._work(fn, todo, min(workers, len(todo)))
         self._read(wanted)
-        failed = {name: self.failures[name] for name in wanted if self.asked[name] is None}
-        if failed and on_error == "raise": raise RunError(f"{len(failed)} of {len(wanted)} trials failed; the first, {in_words(wanted[next(iter(failed))])}: {next(iter(failed.values()))} (traceback in {self.folder / next(iter(failed))}.failed.json)")
+        failed = [name for name in wanted if self.asked[name] is None]
+        if failed and on_error == "raise":
+            first = f"{in_words(wanted[failed[0]])}: {self.failures.get(failed[0])} (traceback in {self.folder / failed[0]}.failed.json)"
+            raise RunError(f"{len(failed)} of {len(wanted)} trials failed; the first, {first}")
         return [self.asked[name] and self.asked[name]["result"] for name in names]
 
     def _read(self, names):
@@ -245,13 +253,15 @@ class Trials:
             label = in_words(dict(todo)[name]) + (f" FAILED: {error}" if error else "")
             self.progress.update(before + i, label)
             spent = time.perf_counter() - began
-            if error or i == count or i % -(-count // 10) == 0: self.echo(f"{before + i}/{total} trials, {duration(spent)}, about {duration(spent / i * (count - i))} left: {label}")
+            if error or i == count or i % -(-count // 10) == 0:
+                self.echo(f"{before + i}/{total} trials, {duration(spent)}, about {duration(spent / i * (count - i))} left: {label}")
 
     def table(self):  # DataFrame: one row per finished trial asked for, in that order: settings, numbers and text of the result, seconds
         "The tidy table of all trials asked for so far."
         import pandas as pd
-        done = [r for r in self.asked.values() if r is not None]
-        return pd.DataFrame([r["settings"] | {k: v for k, v in r["result"].items() if not isinstance(v, (list, dict))} | {"seconds": r["seconds"]} for r in done])
+        def flat(result): return {k: v for k, v in result.items() if not isinstance(v, (list, dict))}
+        return pd.DataFrame([r["settings"] | flat(r["result"]) | {"seconds": r["seconds"]} for r in self.asked.values() if r is not None])
 
     @property
-    def seconds(self) -> float: return round(sum(r["seconds"] for r in self.asked.values() if r is not None), 3)  # computing time, of repeated runs too
+    def seconds(self) -> float:  # computing time of all trials asked for, whenever they ran
+        return round(sum(r["seconds"] for r in self.asked.values() if r is not None), 3)

@@ -119,7 +119,7 @@ class Reporter:
         elapsed = time.perf_counter() - self.started
         if self.first is None: self.first = (done - 1, elapsed)
         if elapsed < self.wait: return
-        self.wait = elapsed + min(60, max(3, elapsed / 4))
+        self.wait = elapsed + min(60, max(10, elapsed / 2))
         each = elapsed / (done - self.first[0])
         self.say(f"{self.title}: step {done} of {self.steps} (epoch {epoch}), loss {loss():.3f}, "
                  f"{1000 * each:.0f} ms a step, about {math.ceil(each * (self.steps - done))} s left")
