@@ -1,10 +1,11 @@
 """What a mask costs in training: one step with hard masks, soft masks and torch.nn.utils.prune, against the dense network.
 
-    OMP_NUM_THREADS=1 python benchmarks/masking.py [--rounds 20] [--networks resnet32x2 vgg19] [--threshold] [--json]
+    OMP_NUM_THREADS=1 python benchmarks/masking.py [--rounds 20] [--steps 3] [--networks resnet32x2 vgg19] [--threshold] [--json]
 
 Forward, loss, backward, SGD step (momentum 0.9, nesterov, weight decay 5e-4) on one thread, 90 % of all convolution and linear weights
-masked at random. Every round runs all methods in a new random order; a ratio is the median over rounds of (method / dense) within a round.
-Process CPU time decides, wall time is printed beside it. At the end of the same run the hard network's masked weights and their momentum
+masked at random. Every round runs all methods in a new random order and takes the fastest of a few consecutive steps of each, because
+other work on the machine only ever adds time; a ratio is the median over rounds of (method / dense) within a round. Process CPU time
+decides, wall time is printed beside it. At the end of the same run the hard network's masked weights and their momentum
 must all be exactly zero. With --threshold the benchmark of the exact global threshold follows.
 """
 import argparse
@@ -21,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+
 from torch.nn.utils import prune
 
 import sparsedarts as sd
@@ -71,8 +72,8 @@ class Trainer:
         return count
 
 
-def measure(name, rounds=20, density=0.1, seed=0, warmup=2):
-    "Lists of (cpu, wall) seconds for every method; the hard network's zeros are checked at the end."
+def measure(name, rounds=20, steps=3, density=0.1, seed=0, warmup=1):
+    "Lists of (cpu, wall) seconds for every method, the fastest of `steps` steps in each round; the hard network's zeros are checked at the end."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -83,8 +84,8 @@ def measure(name, rounds=20, density=0.1, seed=0, warmup=2):
             images, labels = torch.randn(batch, 3, 32, 32, generator=generator), torch.randint(100, (batch,), generator=generator)
             random.Random(f"{seed} {round_}").shuffle(order)
             for method in order:
-                spent = trainers[method].step(images, labels)
-                if round_ >= 0: seconds[method].append(spent)
+                spent = [trainers[method].step(images, labels) for _ in range(steps)]
+                if round_ >= 0: seconds[method].append(tuple(map(min, zip(*spent))))
         leaks = trainers["hard"].leaks()
         if leaks: raise AssertionError(f"{leaks} masked weights or momenta of the hard network are not zero")
         return seconds
@@ -123,12 +124,13 @@ def main(arguments=None):
     "Run, print, and return 0 if every bar is met."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each method in a round, of which the fastest counts")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--threshold", action="store_true", help="also run benchmarks/threshold.py")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    if options.rounds < 2: parser.error("--rounds must be at least 2")
-    rows = [row for name in options.networks for row in summarise(name, measure(name, options.rounds))]
+    if options.rounds < 2 or options.steps < 1: parser.error("--rounds must be at least 2 and --steps at least 1")
+    rows = [row for name in options.networks for row in summarise(name, measure(name, options.rounds, options.steps))]
     print(json.dumps(rows, indent=1)) if options.json else show(rows)
     failed = any(row["ok"] is False for row in rows)
     if options.threshold:

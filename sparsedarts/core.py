@@ -8,11 +8,10 @@ __all__ = ['SparseDartsError', 'ParameterError', 'UnknownName', 'DataError', 'Sh
            'check_sparsity', 'count_removed', 'count_kept', 'derive_seed', 'seed_everything', 'rng_state',
            'restore_rng', 'get_device']
 
-# %% ../nbs/00_core/core.ipynb #a9883b8d
+# %% ../nbs/00_core/core.ipynb #19475a87
 import difflib
 import hashlib
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -20,7 +19,6 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
-from torch import Tensor
 
 # %% ../nbs/00_core/core.ipynb #bdcb2649
 class SparseDartsError(Exception):
@@ -91,6 +89,7 @@ class Registry(Mapping):
     def __iter__(self) -> Iterator: return iter(self._entries)
     def __len__(self): return len(self._entries)
     def __repr__(self): return f"{self.kind}: {', '.join(self._entries) or 'none'}"
+    def get(self, name, default=None): return self._entries.get(name, default)
     def names(self) -> list[str]: return list(self._entries)
 
 # %% ../nbs/00_core/core.ipynb #d2aa571b

@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import CheckpointError, DataError, ParameterError, check_choice, check_number
+from .core import CheckpointError, DataError, ParameterError
 
 # %% ../nbs/00_core/files.ipynb #20b8cb4b
 def atomic_write(

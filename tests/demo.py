@@ -1,5 +1,7 @@
 """A clone with one finished and one failed run, reported: what the report tests and the browser test look at. Made once per session."""
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def demo_report():
     from sparsedarts.reporting.pages import keep_sample, write_report
     from sparsedarts.reporting.runs import reproduce
     root = Path(tempfile.mkdtemp(prefix="sparsedarts-demo-")).resolve()
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     (root / "settings.ini").touch()
     write(root / "nbs/papers/toy.ipynb", TITLE, "## The run", RUN, "## Pictures with $\\alpha$", PICTURES, "## Verdicts", JUDGE)
     write(root / "nbs/papers/failing.ipynb", "# A paper whose notebook fails\n\n> On purpose.", "dict()['a_long_key_that_is_missing_' * 12]")

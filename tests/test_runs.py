@@ -65,6 +65,11 @@ def children(pid):
     return found
 
 
+def cmdline(pid):
+    try: return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError: return []
+
+
 def start_driver(root, *words, workers="2"):
     return subprocess.Popen([sys.executable, "-m", "sparsedarts", "reproduce", *words, "--workers", workers, "--root", str(root), "--no-report"],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
@@ -130,9 +135,12 @@ def test_kill_9_and_rerun(tmp_path):
         assert wait_for(lambda: len(started(rough)) > 0 and len(finished_trials(rough)) >= goal), driver.stdout.read() if driver.poll() is not None else "no progress"
         family = children(driver.pid)
         assert len(family) >= 3, "kernel and two workers"
+        sockets = {Path(word).parent for pid in family for word in cmdline(pid) if word.endswith("/k.json")}
+        assert len(sockets) == 1 and next(iter(sockets)).is_dir()
         driver.kill(), driver.wait(), driver.stdout.close()
         kept = finished_trials(rough)
         assert find_runs(rough)[0].status in ("stopped", "done")
+        assert wait_for(lambda: not next(iter(sockets)).exists(), 5), "its sockets are removed"
         assert wait_for(lambda: not any(alive(pid) for pid in family), 5), f"processes survive their killed driver: {[p for p in family if alive(p)]}"
     driver = start_driver(rough, "toy", "-p", "pause=0.6")
     output = driver.communicate(timeout=60)[0]

@@ -15,7 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from ..core import ParameterError, Registry, check_sparsity, count_kept, count_removed
+from ..core import ParameterError, Registry, check_sparsity, count_kept
 from .selection import top_masks, top_rows
 
 # %% ../../nbs/03_pruning/allocation.ipynb #e5ea8c9d

@@ -350,7 +350,7 @@ class Verdicts(list):
         return forest(pd.DataFrame(rows).astype(dict(low=float, high=float, published=float)), title=title, xlabel=f"difference, {unit}")
 
     def __repr__(self):
-        return "\n".join(f"{r['id']}: {r['verdict']} (published {r['published']['text']}, ours {r['ours']['text']})" for r in self) or "no claims"
+        return "\n".join(f"{r['id']}: {r['verdict']} (paper: {r['published']['text']}; ours: {r['ours']['text']})" for r in self) or "no claims"
 
     def _repr_html_(self): return claims_html(self, self.family_note())
 
@@ -370,7 +370,7 @@ def verdicts(
 STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}
 .claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
 .claims td:first-child{min-width:13em}.claims td{min-width:8em}.claims small{color:#444}
-.claims .v{font-weight:600}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}
+.claims .v{font-weight:600}.claims .v:not(.untested){white-space:nowrap}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}
 .claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}
 .claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
 @media(max-width:40rem){.claims,.claims tbody,.claims tr,.claims td{display:block}.claims thead{display:none}

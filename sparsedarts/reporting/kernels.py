@@ -38,7 +38,8 @@ def locked(
                     time.sleep(0.1)
                     continue
                 handle.seek(0)
-                raise RunError(f"{what} is being worked on by another process (pid {handle.read().strip() or 'unknown'}); wait for it or stop it") from None
+                owner = handle.read().strip() or "unknown"
+                raise RunError(f"{what} is being worked on by another process (pid {owner}); wait for it or stop it") from None
             break
         handle.truncate(0)
         handle.write(str(os.getpid()))
@@ -59,7 +60,8 @@ START = "from sparsedarts.reporting.kernels import run_kernel; run_kernel()"
 
 def run_kernel() -> None:
     "Become the kernel of a run; called in a new process."
-    end_with_parent(int(os.environ["SPARSEDARTS_DRIVER"]))
+    end_with_parent(int(os.environ["SPARSEDARTS_DRIVER"]), remove=os.environ["SPARSEDARTS_SOCKETS"])
+    os.environ.pop("JPY_PARENT_PID", None)
     with locked(os.environ["SPARSEDARTS_LOCK"], "the run folder", wait=30):
         from ipykernel.kernelapp import launch_new_instance
         launch_new_instance(argv=[*sys.argv[1:], "--HistoryManager.enabled=False", "--log-level=50"])
@@ -69,7 +71,7 @@ class Kernel:
     "One kernel process, to be started by papermill and stopped by us."
     def __init__(self,
         cwd: str | Path,    # working directory of the notebook
-        folder: str | Path, # the run's folder: a lock file held while the kernel lives, and a log of what it writes past the notebook
+        folder: str | Path, # the run's folder: for a lock held while the kernel lives, and a log of what it writes past the notebook
     ):
         self.cwd, self.folder, self.process, self.reason = str(cwd), Path(folder).resolve(), None, ""
         self.sockets = tempfile.mkdtemp(prefix="sd-")
@@ -77,8 +79,8 @@ class Kernel:
     def environment(self) -> dict:  # of the kernel process
         package = str(Path(sys.modules["sparsedarts"].__file__).resolve().parents[1])
         paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        own = dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), SPARSEDARTS_DRIVER=str(os.getpid()), SPARSEDARTS_LOCK=str(self.folder / ".kernel.lock"),
-                   MPLBACKEND="module://matplotlib_inline.backend_inline")
+        own = dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), MPLBACKEND="module://matplotlib_inline.backend_inline",
+                   SPARSEDARTS_DRIVER=str(os.getpid()), SPARSEDARTS_LOCK=str(self.folder / ".kernel.lock"), SPARSEDARTS_SOCKETS=self.sockets)
         return {k: v for k, v in os.environ.items() if k != "IN_TEST"} | ONE_THREAD | own
 
     def stop(self, reason: str) -> None:
@@ -105,7 +107,9 @@ def manager_class(
 
     class Manager(AsyncKernelManager):
         @property
-        def kernel_spec(self): return KernelSpec(argv=[sys.executable, "-c", START, "-f", "{connection_file}"], display_name="Python", language="python")
+        def kernel_spec(self):
+            command = [sys.executable, "-c", START, "-f", "{connection_file}"]
+            return KernelSpec(argv=command, display_name="Python", language="python")
 
         def __init__(self, **options):
             super().__init__(**options)
@@ -113,7 +117,8 @@ def manager_class(
 
         async def start_kernel(self, **options):
             if kernel.reason: raise RunError(kernel.reason)
-            with open(kernel.log, "wb") as log: await super().start_kernel(**options | dict(cwd=kernel.cwd, env=kernel.environment(), stdout=log, stderr=log))
+            with open(kernel.log, "wb") as log:
+                await super().start_kernel(**options | dict(cwd=kernel.cwd, env=kernel.environment(), stdout=log, stderr=log))
             kernel.process = self.provisioner.process
             if kernel.reason: kernel.stop(kernel.reason)
     return Manager
@@ -167,10 +172,11 @@ def execute(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(str(source), str(output), parameters=parameters, engine_name=engine, kernel_name="python3", language="python",
-                                   progress_bar=False, kernel_manager_class=manager_class(kernel), on_cell=at_cell)
+                                   progress_bar=False, start_timeout=180, kernel_manager_class=manager_class(kernel), on_cell=at_cell)
     except papermill.PapermillExecutionError as error:
         raise RunError(f"{place}: {error.ename}: {error.evalue}") from None
     except Exception as error:
         if kernel.reason: raise RunError(kernel.reason) from None
-        raise RunError(f"{place}: the kernel ended ({type(error).__name__}: {str(error) or 'no message'}), perhaps killed for want of memory; what it wrote is in {kernel.log}") from error
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise RunError(f"{place}: the kernel ended ({reason}), perhaps killed for want of memory; what it wrote is in {kernel.log}") from error
     finally: kernel.close()

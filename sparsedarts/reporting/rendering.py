@@ -15,10 +15,10 @@ import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
-from ..core import DataError
 
 # %% ../../nbs/08_reporting/rendering.ipynb #e28e3348
-FORMULA = re.compile(r"(?P<code>(?P<ticks>`+).*?(?P=ticks))|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]|\n(?!\n))*?(?<![\s\\])|[^\s$])\$(?![\w$])", re.S)
+FORMULA = re.compile(r"(?P<code>(?P<ticks>`+).*?(?P=ticks))|\$\$(?P<block>.+?)\$\$"
+                     r"|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]|\n(?!\n))*?(?<![\s\\])|[^\s$])\$(?![\w$])", re.S)
 
 def mathml(
     tex: str,             # without the dollars
@@ -29,7 +29,8 @@ def mathml(
     try: element = convert(tex.strip(), display="block" if block else "inline")
     except Exception: element = "\\"
     if re.search(r"\\(?!<)", element): return f'<code class="tex">{html.escape(tex)}</code>'
-    element = re.sub(r"<mi>(&#x[0-9A-F]+;)</mi>", lambda m: f"<mo>{m[1]}</mo>" if unicodedata.category(html.unescape(m[1])) == "Sm" else m[0], element)
+    def sign(found): return f"<mo>{found[1]}</mo>" if unicodedata.category(html.unescape(found[1])) == "Sm" else found[0]
+    element = re.sub(r"<mi>(&#x[0-9A-F]+;)</mi>", sign, element)
     element = element.replace("<math ", f'<math alttext="{html.escape(" ".join(tex.split()), quote=True)}" ', 1)
     return f'<div class="formula">{element}</div>' if block else element
 
@@ -73,7 +74,7 @@ def prepare(
         elif cell.cell_type == "code":
             cell.source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
             cell.outputs = _joined_streams(cell.outputs)
-            for number, output in enumerate(cell.outputs, 1): _prepare_output(output, f"Figure in the section {section}" if section else f"Figure {number}", formulas)
+            for output in cell.outputs: _prepare_output(output, f"Figure in the section {section}" if section else "Figure", formulas)
     return notebook
 
 def _joined_streams(outputs):
@@ -106,17 +107,25 @@ a{color:var(--link)}h1{font-size:1.7rem;line-height:1.2;margin:.6rem 0}h2{font-s
 h1,h2,h3{overflow-wrap:anywhere}
 blockquote{margin:.5rem 0 1rem;padding:0;color:var(--soft);font-size:1.05rem}
 code,pre{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.86em}
-code{overflow-wrap:anywhere}pre{overflow-x:auto;margin:.4rem 0;padding:.6rem .7rem;background:var(--tint);border-radius:4px;line-height:1.4}pre code{overflow-wrap:normal}
+code{overflow-wrap:anywhere}pre code{overflow-wrap:normal}
+pre{overflow-x:auto;margin:.4rem 0;padding:.6rem .7rem;background:var(--tint);border-radius:4px;line-height:1.4}
 img{max-width:100%;height:auto;display:block;margin:.6rem 0}
 .scroll,.output_html,.rendered_html,.formula{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.92em;margin:.5rem 0}th,td{padding:.3em .6em;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
-.dataframe td{font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;font-size:.92em;margin:.5rem 0}
+th,td{padding:.3em .6em;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+table.dataframe,table.dataframe th,table.dataframe td{border-width:0 0 1px;border-style:solid;border-color:var(--line)}
+table.dataframe thead th{text-align:left}table.dataframe tbody th{vertical-align:top;font-weight:400;color:var(--soft)}
+table.dataframe td{font-variant-numeric:tabular-nums}
 details.code>summary{color:var(--soft);font-size:.8rem;cursor:pointer;margin:.3rem 0}details.code[open]>summary{color:var(--ink)}
-.output_text pre{background:none;padding:0;white-space:pre-wrap;overflow-wrap:anywhere}.output_stderr pre{color:#7a3b00}.output_error pre{border-left:4px solid #b23a00;padding-left:.7rem}
+.output_text pre{background:none;padding:0;white-space:pre-wrap;overflow-wrap:anywhere}
+.output_stderr pre{color:#7a3b00}.output_error pre{border-left:4px solid #b23a00;padding-left:.7rem}
 .anchor-link,.prompt{display:none}.note,.facts{color:var(--soft);font-size:.9rem}.facts span{white-space:nowrap;margin-right:1.1em}
-nav{font-size:.92rem;margin-bottom:.6rem}button{font:inherit;font-size:.85rem;color:var(--link);background:none;border:1px solid var(--line);border-radius:4px;padding:.15rem .6rem;cursor:pointer}
+nav{font-size:.92rem;margin-bottom:.6rem}
+button{font:inherit;font-size:.85rem;color:var(--link);background:none;border:1px solid var(--line);border-radius:4px;padding:.15rem .6rem}
+button{cursor:pointer}
 .failed{border:2px solid #b23a00;border-radius:6px;padding:.7rem .9rem;margin:1rem 0}.failed pre{white-space:pre-wrap;overflow-wrap:anywhere}
-.k,.kn,.kc,.ow{color:#00538a}.s1,.s2,.sa,.sd,.sx,.si,.se{color:#8a3a00}.c1,.cm{color:#5f6368;font-style:italic}.mi,.mf{color:#006b54}.nf,.nc{font-weight:600}
+.k,.kn,.kc,.ow{color:#00538a}.s1,.s2,.sa,.sd,.sx,.si,.se{color:#8a3a00}.c1,.cm{color:#5f6368;font-style:italic}
+.mi,.mf{color:#006b54}.nf,.nc{font-weight:600}
 @media(max-width:30rem){body{font-size:15px}main{padding:.6rem .8rem 3rem}h1{font-size:1.4rem}}
 @media print{details.code,button,nav{display:none}}
 """
@@ -127,12 +136,15 @@ def page_html(
     css: str = "",   # further rules
 ) -> str:            # a complete document
     "The skeleton of every page."
-    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f"<title>{html.escape(title)}</title>\n<style>{CSS}{css}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n")
 
 # %% ../../nbs/08_reporting/rendering.ipynb #44c71246
 FOLD = """{%- extends 'basic/index.html.j2' -%}
-{%- block input_group -%}{%- if cell.source.strip() -%}<details class="code"><summary>code</summary>{{ super() }}</details>{%- endif -%}{%- endblock input_group -%}"""
+{%- block input_group -%}
+{%- if cell.source.strip() -%}<details class="code"><summary>code</summary>{{ super() }}</details>{%- endif -%}
+{%- endblock input_group -%}"""
 
 def notebook_html(
     notebook,         # executed
@@ -158,7 +170,8 @@ def moved_link(
     return Path(os.path.relpath(there, target)).as_posix() if there.exists() else link
 
 # %% ../../nbs/08_reporting/rendering.ipynb #21261c23
-LOADS = {("img", "src"), ("script", "src"), ("iframe", "src"), ("link", "href"), ("source", "src"), ("video", "src"), ("audio", "src"), ("object", "data"), ("embed", "src"), ("input", "src")}
+LOADS = {(tag, "src") for tag in ("img", "script", "iframe", "source", "video", "audio", "embed", "input", "track")}
+LOADS |= {("link", "href"), ("object", "data")}
 RAW_TEX = re.compile(r"\$[^$\n]*\\[A-Za-z]+[^$\n]*\$|\\(?:frac|sum|mathbf|mathrm|lfloor|alpha|theta|cdot|le|ge|text)(?![A-Za-z])|\$[A-Za-z]\$")
 
 class _Reader(HTMLParser):
@@ -182,7 +195,19 @@ class _Reader(HTMLParser):
         elif "title" in self.open: self.title += data
         elif not self.open: self.text.append(data)
 
-# %% ../../nbs/08_reporting/rendering.ipynb #3aead799
+# %% ../../nbs/08_reporting/rendering.ipynb #456706d0
+def _check_element(tag, attributes, ids, folder):
+    "Problems of one element."
+    for name, value in attributes.items():
+        if (tag, name) in LOADS and re.match(r"(https?:)?//", value): yield f"<{tag}> loads {value} from the network"
+        if name.startswith("on") and "http" in value: yield f"<{tag}> {name} reaches the network"
+    alt = attributes.get("alt", "").strip()
+    if tag == "img" and (not alt or alt.startswith("No description")): yield f"an image has no alternative text: {attributes.get('src', '')[:40]}"
+    link = attributes.get("href" if tag == "a" else "src", "") if tag in ("a", "img") else ""
+    if link.startswith("#") and link[1:] and link[1:] not in ids: yield f"link to {link}, which is not on the page"
+    local = link and not re.match(r"[a-z]+:|#|//", link)
+    if folder is not None and local and not (Path(folder) / link.split("#")[0]).exists(): yield f"link to {link}, which does not exist"
+
 def check_page(
     page: str,                    # HTML
     folder: Path | None = None,   # where the page lies, to follow its links
@@ -191,20 +216,13 @@ def check_page(
     "What a reader of the page would stumble over."
     reader = _Reader()
     reader.feed(page)
-    problems = []
-    for tag, attributes in reader.tags:
-        for name, value in attributes.items():
-            if (tag, name) in LOADS and re.match(r"(https?:)?//", value): problems.append(f"<{tag}> loads {value} from the network")
-            if name.startswith("on") and "http" in value: problems.append(f"<{tag}> {name} reaches the network")
-        if tag == "img" and (not attributes.get("alt", "").strip() or attributes["alt"].startswith("No description")): problems.append(f"an image has no alternative text: {attributes.get('src', '')[:40]}")
-        link = attributes.get("href" if tag == "a" else "src", "") if tag in ("a", "img") else ""
-        if link.startswith("#") and link[1:] and link[1:] not in reader.ids: problems.append(f"link to {link}, which is not on the page")
-        if folder is not None and link and not re.match(r"[a-z]+:|#|//", link) and not (Path(folder) / link.split("#")[0]).exists(): problems.append(f"link to {link}, which does not exist")
+    problems = [problem for tag, attributes in reader.tags for problem in _check_element(tag, attributes, reader.ids, folder)]
     if re.search(r"url\(\s*['\"]?(https?:)?//|@import", " ".join(reader.style)): problems.append("a style sheet loads from the network")
-    text = "\n".join(reader.text)
-    problems += [f"unconverted formula: {found[0][:60]!r}" for found in RAW_TEX.finditer(text)] + ["a formula could not be converted"] * page.count('class="tex"')
-    if not failed and re.search(r'class="[^"]*output_error|Traceback \(most recent call last\)|papermill-error-cell', page): problems.append("an error's trace")
+    problems += [f"unconverted formula: {found[0][:60]!r}" for found in RAW_TEX.finditer("\n".join(reader.text))]
+    problems += ["a formula could not be converted"] * page.count('class="tex"')
+    trace = r'class="[^"]*output_error|Traceback \(most recent call last\)|papermill-error-cell'
+    if not failed and re.search(trace, page): problems.append("an error's trace")
     if not reader.title.strip(): problems.append("no title")
-    if not any(t == "html" and a.get("lang") for t, a in reader.tags): problems.append("no language")
-    if not any(t == "meta" and a.get("name") == "viewport" for t, a in reader.tags): problems.append("no viewport, so phones show it tiny")
+    if not any(tag == "html" and a.get("lang") for tag, a in reader.tags): problems.append("no language")
+    if not any(tag == "meta" and a.get("name") == "viewport" for tag, a in reader.tags): problems.append("no viewport, so phones show it tiny")
     return problems

@@ -28,11 +28,13 @@ def check_steps(
     steps: Mapping,  # label -> Masks
 ) -> dict:
     "Refuse an empty collection and masks of different networks."
-    if not isinstance(steps, Mapping) or not steps: raise ParameterError(f"give a dictionary of label -> Masks, as in {{'cycle 1': masks}}, got {type(steps).__name__}{'' if steps else ', empty'}")
-    first = next(iter(steps.values()))
+    if not isinstance(steps, Mapping) or not steps:
+        raise ParameterError(f"give a dictionary of label -> Masks, as in {{'cycle 1': masks}}, got {steps!r}")
+    def shapes(masks): return {name: mask.shape for name, mask in masks.items()}
+    label_of_first, first = next(iter(steps.items()))
     for label, masks in steps.items():
         if not isinstance(masks, Masks): raise ParameterError(f"{label!r} is a {type(masks).__name__}, not Masks")
-        if {k: m.shape for k, m in masks.items()} != {k: m.shape for k, m in first.items()}: raise ShapeError(f"the masks of {label!r} belong to another network than those of {next(iter(steps))!r}")
+        if shapes(masks) != shapes(first): raise ShapeError(f"the masks of {label!r} belong to another network than those of {label_of_first!r}")
     return dict(steps)
 
 def layer_over_steps(

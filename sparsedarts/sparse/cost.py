@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core import ParameterError, ShapeError, SparseDartsError, check_number
+from ..core import ShapeError, SparseDartsError, check_number
 from .layers import unwrapped
 from .modules import MaskedLayer
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core import CheckpointError, ParameterError, check_number
+from ..core import CheckpointError, check_number
 from ..files import load_checkpoint, save_checkpoint
 from ..sparse.layers import apply_masks, masked_layers
 from ..sparse.masks import Masks
