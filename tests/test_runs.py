@@ -138,15 +138,16 @@ def test_kill_9_and_rerun(tmp_path):
         sockets = {Path(word).parent for pid in family for word in cmdline(pid) if word.endswith("/k.json")}
         assert len(sockets) == 1 and next(iter(sockets)).is_dir()
         driver.kill(), driver.wait(), driver.stdout.close()
-        kept = finished_trials(rough)
         assert find_runs(rough)[0].status in ("stopped", "done")
         assert wait_for(lambda: not next(iter(sockets)).exists(), 5), "its sockets are removed"
         assert wait_for(lambda: not any(alive(pid) for pid in family), 5), f"processes survive their killed driver: {[p for p in family if alive(p)]}"
+        kept = finished_trials(rough)  # a worker may finish its trial before it notices
     driver = start_driver(rough, "toy", "-p", "pause=0.6")
     output = driver.communicate(timeout=60)[0]
     assert driver.returncode == 0, output
     assert what_counts(rough) == what_counts(calm)
-    assert set(kept) <= set(finished_trials(rough)) and "of 6 trials are there already" in next(rough.glob("reports/runs/*/notebook.ipynb")).read_text()
+    assert set(kept) <= set(finished_trials(rough))
+    assert len(kept) == 6 or f"{len(kept)} of 6 trials are there already" in next(rough.glob("reports/runs/*/notebook.ipynb")).read_text()
     log = started(rough)
     assert all(log.count(name) >= 1 for name in ("ramp 0", "union 2")) and len(log) <= 6 + 2 * 2, f"at most the two that ran at each of two kills are repeated: {log}"
 
