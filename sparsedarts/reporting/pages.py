@@ -7,7 +7,7 @@ __all__ = ['TOGGLE', 'CARD', 'BADGES', 'BEGIN', 'END', 'facts', 'facts_html', 'f
            'main_picture', 'thumbnail', 'headline_html', 'card_html', 'index_page', 'write_report', 'keep_sample',
            'results_table', 'fill_readme']
 
-# %% ../../nbs/08_reporting/pages.ipynb #a4b562d5
+# %% ../../nbs/08_reporting/pages.ipynb #4773e8d7
 import base64
 import contextlib
 import html
@@ -222,7 +222,11 @@ def results_table(
 ) -> str:              # Markdown
     "Paper beside ours, one row per tested claim of the committed samples."
     def row(*cells): return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-    lines = [row("claim", "paper", "ours", "verdict", "minutes", "notebook"), "|---|---|---|---|---|---|"]
+    def strongest(claim):
+        measured = [control for control in claim["controls"] if control["own"]["mean"] is not None]
+        best = max(measured, key=lambda control: control["own"]["mean"], default=None)
+        return f"{best['name']}: {best['own']['text']}" if best else "-"
+    lines = [row("claim", "paper", "ours", "strongest control", "verdict", "minutes", "notebook"), "|---|---|---|---|---|---|---|"]
     for run in (r for r in find_runs(root) if r.sample and r.status == "done"):
         fact = facts(run)
         scale = ", ".join(filter(None, (run.preset, fact["dataset"])))
@@ -230,9 +234,9 @@ def results_table(
         minutes = f"{(run.seconds or fact['seconds'] or 0) / 60:.1f}"
         tested = [claim for claim in fact["claims"] if claim["verdict"] != VERDICTS[3]]
         for claim in tested:
-            lines.append(row(claim["statement"], claim["published"]["text"], claim["ours"]["text"], f"**{claim['verdict']}**", minutes, where))
+            lines.append(row(claim["statement"], claim["published"]["text"], claim["ours"]["text"], strongest(claim), f"**{claim['verdict']}**", minutes, where))
         left = len(fact["claims"]) - len(tested)
-        if left: lines.append(row(f"{left} more claim{'s' if left > 1 else ''}", "", "", VERDICTS[3], "", where))
+        if left: lines.append(row(f"{left} more claim{'s' if left > 1 else ''}", "", "", "", VERDICTS[3], "", where))
     return "\n".join(lines)
 
 def fill_readme(
