@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SparseDartsError', 'ParameterError', 'UnknownName', 'DataError', 'ShapeError', 'CheckpointError', 'NumericalError',
-           'CollapseError', 'RunError', 'expect_error', 'Registry', 'unknown_name', 'check_choice', 'check_number',
-           'check_sparsity', 'count_removed', 'count_kept', 'derive_seed', 'seed_everything', 'rng_state',
-           'restore_rng', 'get_device']
+           'CollapseError', 'StorageError', 'RunError', 'expect_error', 'Registry', 'unknown_name', 'check_choice',
+           'check_number', 'check_sparsity', 'count_removed', 'count_kept', 'derive_seed', 'seed_everything',
+           'rng_state', 'restore_rng', 'get_device']
 
-# %% ../nbs/00_core/core.ipynb #19475a87
+# %% ../nbs/00_core/core.ipynb #f0bf76e0
 import difflib
 import hashlib
 import math
@@ -44,6 +44,9 @@ class NumericalError(SparseDartsError, ArithmeticError):
 
 class CollapseError(SparseDartsError):
     "A network is disconnected or its scores carry no information."
+
+class StorageError(SparseDartsError, OSError):
+    "A file cannot be written (disk full, no permission); the message names it, and the old file is unchanged."
 
 class RunError(SparseDartsError):
     "A notebook run failed or cannot be started."

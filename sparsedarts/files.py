@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'RESULT_KEYS', 'atomic_write', 'sync_folder', 'plain', 'wri
            'load_checkpoint', 'run_folder', 'short_hash', 'project_root', 'git_revision', 'environment',
            'write_results', 'read_results', 'Progress', 'read_progress']
 
-# %% ../nbs/00_core/files.ipynb #52136162
+# %% ../nbs/00_core/files.ipynb #3e7a1ef0
 import contextlib
 import hashlib
 import importlib.metadata
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import CheckpointError, DataError, ParameterError
+from .core import CheckpointError, DataError, ParameterError, StorageError
 
 # %% ../nbs/00_core/files.ipynb #20b8cb4b
 def atomic_write(
@@ -34,19 +34,20 @@ def atomic_write(
     data: bytes | str,    # the whole content
 ) -> Path:                # the path
     "Write a file completely or not at all: temporary file, fsync, rename."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    path, temporary = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        if temporary: Path(temporary).unlink(missing_ok=True)
+        if not isinstance(error, OSError): raise
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from error
     sync_folder(path.parent)
     return path
 

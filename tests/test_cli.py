@@ -39,7 +39,8 @@ def test_list_is_json_and_nothing_else():
 
 @pytest.mark.parametrize("words, code, message", [
     (["reproduce", "unionmusk"], 2, "error: unknown paper 'unionmusk'"), (["cost", "resnet", "--sparsity", "abc"], 2, "error: sparsity must be a number"),
-    (["reproduc"], 2, "No such command"), (["list", "--root", "/nowhere"], 0, "")])
+    (["reproduc"], 2, "No such command"), (["list", "--root", "/nowhere"], 1, "error: no clone of sparsedarts in /nowhere"),
+    (["report", "--root", "/nowhere"], 1, "error: no clone"), (["cost", "vgg", "--shape", "1,8,8"], 2, "needs images of at least 32x32")])
 def test_wrong_commands_are_one_clear_message(words, code, message):
     done = call(*words)
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr, done.stderr

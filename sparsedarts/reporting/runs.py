@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'LATE', 'Run', 'read_run', 'find_runs', 'Plan', 'make_plan', 'is_finished', 'record', 'tidy_notebook',
            'run_plan', 'cores', 'Reporter', 'reproduce', 'stop']
 
-# %% ../../nbs/08_reporting/runs.ipynb #10535c30
+# %% ../../nbs/08_reporting/runs.ipynb #b0fa37eb
 import contextlib
 import os
 import shutil
@@ -101,6 +101,7 @@ def make_plan(
     parameters: dict,   # on top of it
     workers: int,       # processes that the notebook may use
     root: Path,         # the clone
+    forced: bool = False,  # whether `workers` wins over the preset's own
 ) -> Plan:
     "Check everything about a run that can be checked without running it."
     paper = find_paper(name, root)
@@ -109,7 +110,7 @@ def make_plan(
     if owned: raise ParameterError(f"{', '.join(owned)} cannot be given as a parameter: the driver chooses the folder, and `preset=` the preset")
     folder = folder_of(paper, preset, given, root)
     run_dir = folder.relative_to(root) if folder.is_relative_to(root) else folder
-    values = given | dict(run_dir=str(run_dir)) | ({} if "workers" in parameters else dict(workers=workers))
+    values = given | dict(run_dir=str(run_dir)) | (dict(workers=workers) if forced or "workers" not in given else {})
     return Plan(Run(name, preset, folder, parameters=given), paper.path, values, root)
 
 # %% ../../nbs/08_reporting/runs.ipynb #7d1ff968
@@ -159,6 +160,7 @@ def run_plan(
             record(run, "running", error="", seconds=None)
             _execute(plan)
     except Exception as error:
+        with contextlib.suppress(OSError): (folder / "notebook.part.ipynb").unlink(missing_ok=True)
         known = isinstance(error, SparseDartsError)
         run.fresh, run.status, run.error = True, "failed", str(error) if known else f"{type(error).__name__}: {error}"
     return run
@@ -240,12 +242,13 @@ def reproduce(
     root = Path(root).resolve() if root else project_root()
     check_number(jobs, "jobs", low=1, integer=True)
     if timeout is not None: check_number(timeout, "timeout", low=0.1)
+    forced = workers is not None
     if workers is None: workers = max(1, cores() // jobs)
     check_number(workers, "workers", low=1, integer=True)
     if seeds is not None: parameters["seeds"] = list(seeds) if isinstance(seeds, (list, tuple, range)) else seeds
     if not names or names == ("all",): names = tuple(papers(root))
     if not names: raise RunError(f"there are no paper notebooks in {root / 'nbs' / 'papers'}")
-    plans = [make_plan(name, preset, parameters, workers, root) for name in dict.fromkeys(names)]
+    plans = [make_plan(name, preset, parameters, workers, root, forced) for name in dict.fromkeys(names)]
     return _drive(plans, jobs, timeout, force, Reporter(echo, len(plans)))
 
 LATE = "stopped at the time limit of {:g} seconds; finished trials are kept, the same command continues"
