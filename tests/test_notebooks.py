@@ -40,6 +40,15 @@ def test_wipe_clean_and_export_change_nothing(tmp_path):
     assert not differ, f"not in sync: {differ}; run nbdev_clean and nbdev_export, and edit notebooks, never exported modules"
 
 
+def test_git_keeps_every_source():
+    "A pattern in .gitignore must not swallow a notebook, module, test or benchmark."
+    if not (ROOT / ".git").exists(): pytest.skip("not a git clone: nothing to ask git about")
+    sources = [str(p.relative_to(ROOT)) for folder in ("nbs", "sparsedarts", "tests", "benchmarks", "reports/sweeps", "reports/samples")
+               for p in (ROOT / folder).rglob("*") if p.is_file() and not {"__pycache__", ".ipynb_checkpoints", ".hypothesis"} & set(p.parts)]
+    ignored = subprocess.run(["git", "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input="\n".join(sources), capture_output=True, text=True).stdout.split()
+    assert not set(ignored) - {"nbs/_quarto.yml", "nbs/nbdev.yml"}, ignored
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_is_small_and_introduces_itself(path):
     cells = json.loads(path.read_text())["cells"]

@@ -7,7 +7,7 @@ from demo import demo_report
 
 from sparsedarts.files import read_results
 from sparsedarts.reporting.notebooks import find_paper, papers
-from sparsedarts.reporting.pages import BEGIN, fill_readme
+from sparsedarts.reporting.pages import fill_readme
 from sparsedarts.reporting.rendering import check_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,5 +64,5 @@ def test_committed_samples_are_sound(folder):
 
 def test_the_readme_shows_the_committed_samples():
     readme = ROOT / "README.md"
-    if not readme.exists() or BEGIN not in readme.read_text(): pytest.skip("README.md has no results table yet")
+    assert SAMPLES and readme.read_text().count("**holds**") + readme.read_text().count("**inconclusive**") + readme.read_text().count("**contradicted**") > 0
     assert fill_readme(readme, ROOT, check=True), "run: sparsedarts report --readme README.md"
