@@ -101,12 +101,16 @@ def list_papers(
     from sparsedarts.reporting.runs import find_runs
     base = clone_at(root)
     if paper: return say_paper(find_paper(paper, base), as_json)
-    known = [find_paper(name, base) for name in papers(base)]
+    known, broken = [], {}
+    for name in papers(base):
+        try: known.append(find_paper(name, base))
+        except SparseDartsError as error: broken[name] = str(error)
     done = {(run.paper, run.preset) for run in find_runs(base, samples=False) if run.status == "done"}
     rows = [[p.name, ", ".join(p.presets), ", ".join(n for n in p.presets if (p.name, n) in done) or "-", p.title] for p in known]
     text = columns(rows, ["paper", "presets", "finished", "title"])
     text += "\n\nRun one with: sparsedarts reproduce PAPER --preset PRESET"
-    if not known: text = f"no paper notebooks in {base / 'nbs' / 'papers'}"
+    for name, error in broken.items(): text += f"\n{name} cannot be run: {error}"
+    if not known and not broken: text = f"no paper notebooks in {base / 'nbs' / 'papers'}"
     records = [dict(name=p.name, title=p.title, subtitle=p.subtitle, presets=list(p.presets), notebook=p.path.relative_to(base)) for p in known]
     say(records, as_json, text)
 

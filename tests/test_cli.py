@@ -1,6 +1,7 @@
 """The command line as a user meets it: a process of its own, exit codes, help, JSON, errors without tracebacks."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,3 +67,12 @@ def test_reproduce_reports_and_exits_with_1_on_failure(tmp_path):
     done = call("reproduce", "toy", cwd=tmp_path)
     assert done.returncode == 1 and "1 run: 0 done, 1 failed" in done.stdout and "ZeroDivisionError: division by zero" in done.stdout, done.stderr
     assert done.stdout.rstrip().endswith(f"report: {tmp_path / 'reports/index.html'}") and (tmp_path / "reports/index.html").exists()
+
+
+def test_a_broken_paper_does_not_hide_the_others(tmp_path):
+    (tmp_path / "nbs/papers").mkdir(parents=True)
+    (tmp_path / "nbs/papers/broken.ipynb").write_text("{")
+    shutil.copy(ROOT / "nbs/papers/unionmask.ipynb", tmp_path / "nbs/papers")
+    done = call("list", "--root", str(tmp_path))
+    assert done.returncode == 0 and "Union Mask" in done.stdout and "broken cannot be run" in done.stdout and "Traceback" not in done.stderr, done.stderr
+    assert call("reproduce", "broken", "--root", str(tmp_path)).returncode in (1, 2)

@@ -170,7 +170,7 @@ def index_page(
     done, failed = (sum(run.status == status for run, _ in runs) for status in ("done", "failed"))
     failures = f", {failed} failed" if failed else ""
     intro = (f"<p>{len(runs)} run{'' if len(runs) == 1 else 's'}: {done} finished{failures}. "
-             "Verdicts are computed from paired seeds by rules written before the runs; an interval that contains the bound decides nothing.</p>")
+             "Verdicts are computed from paired seeds by rules that stand beside the claims; an interval that contains the bound decides nothing.</p>")
     empty = "<p>No runs yet. Start one with <code>sparsedarts reproduce unionmask</code>.</p>"
     return page_html("sparsedarts: paper beside ours", f"<h1>What papers claim, and what we measured</h1>{intro}{body or empty}", CARD)
 
