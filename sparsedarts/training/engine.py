@@ -7,7 +7,7 @@ __all__ = ['EVENTS', 'RESULT_OPTIONS', 'total_steps', 'training_batches', 'liste
            'check_options', 'forward', 'update', 'advance', 'check_finite', 'close_epoch', 'measure', 'open_checkpoint',
            'save', 'resume', 'TrainResult', 'train', 'train_run']
 
-# %% ../../nbs/06_training/engine.ipynb #13ebf970
+# %% ../../nbs/06_training/engine.ipynb #7b94b5c3
 import inspect
 import math
 import time
@@ -24,7 +24,7 @@ from ..core import (CheckpointError, NumericalError, ParameterError, check_choic
 from ..sparse.layers import hold, masked_layers, masks_of
 from .checkpoints import (Checkpoint, data_signature, load_mask_state, mask_state, pack, signature,
                                               unpack)
-from .metrics import Meter, Reporter, evaluate, first_output, format_kept, memory_format, modes_kept
+from .metrics import Meter, Reporter, check_logits, evaluate, first_output, format_kept, memory_format, modes_kept
 from .optim import (as_float32, cross_entropy, find_schedule, make_optimizer, precision_tools,
                                         set_lr)
 
@@ -48,6 +48,7 @@ def training_batches(
 ):                         # endless iterator with `steps_per_epoch` and a state
     "The endless, restorable stream of training batches."
     check_number(batch_size, "batch_size", low=1, integer=True)
+    if not hasattr(getattr(data, "train", None), "batches"): raise ParameterError(f"train needs data from load_data, got {data!r:.80}")
     return data.train.batches(batch_size, shuffle=True, augment=augment, seed=derive_seed(seed, "batches"), epochs=None,
                               drop_last=len(data.train) >= batch_size, device=device)
 
@@ -139,6 +140,7 @@ def forward(
     "Forward pass and loss, the latter in float32."
     with run.autocast(): output = run.model(x)
     output = as_float32(output)
+    if run.step == 0: check_logits(first_output(output), len(getattr(run.data, "classes", ())))
     loss = run.loss(output, y, images=x) if run.loss_takes_images else run.loss(output, y)
     return loss, first_output(output)
 
