@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Criterion', 'shapes_of', 'prunable_layers', 'round_sparsities', 'prune']
 
-# %% ../../nbs/03_pruning/oneshot.ipynb #9630d3ed
+# %% ../../nbs/03_pruning/oneshot.ipynb #7b22d4e8
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core import ParameterError, check_choice, check_number, check_sparsity, count_kept, derive_seed
 from .allocation import Allocation, as_allocation, select, top_up, warn_if_emptied
 from .granularity import Granularity, as_granularity
+from . import saliency  # adds its scores to the registry
 from .scores import score_layers, scores
 from ..sparse.layers import apply_masks, is_chosen, masked_layers, sparsify, unwrapped
 from ..sparse.masks import Masks
