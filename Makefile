@@ -36,6 +36,8 @@ benchmarks: .venv/.installed ## speed ratios against the classic way (some minut
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/masking.py --threshold
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scored.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/initialisation.py
 
 clean:           ## forget runs and rendered pages (keeps .venv and committed samples)
 	rm -rf reports/runs reports/pages reports/index.html

@@ -20,7 +20,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 
-# %% ../nbs/00_core/core.ipynb #bdcb2649
+# %% ../nbs/00_core/core.ipynb #b0a68f2b
 class SparseDartsError(Exception):
     "Base of all errors raised on purpose by this package."
 
@@ -42,7 +42,7 @@ class CheckpointError(SparseDartsError):
 class NumericalError(SparseDartsError, ArithmeticError):
     "A score, loss or gradient is NaN or infinite."
 
-class CollapseError(SparseDartsError):
+class CollapseError(NumericalError):
     "A network is disconnected or its scores carry no information."
 
 class StorageError(SparseDartsError, OSError):

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'check_feasible', 'check_whole', 'check_settings', 'released_rules', 'Pruner', 'set_masks', 'stream',
            'renew', 'begin_cycle', 'follow_released', 'settings_of', 'pruner_state', 'load_pruner']
 
-# %% ../../nbs/03_pruning/pruners.ipynb #180a5516
+# %% ../../nbs/03_pruning/pruners.ipynb #42e3feb7
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -15,15 +15,16 @@ from torch import nn
 
 from ..core import CheckpointError, ParameterError, check_choice, check_number, derive_seed
 from .allocation import Allocation, as_allocation, row_ends, warn_if_emptied
-from .combine import combinations, pack_bits, same_counts, unpack_bits
+from .combine import combinations, same_counts
 from .granularity import Granularity
-from .oneshot import Criterion, prunable_layers, shapes_of
+from .oneshot import Criterion, check_most, prunable_layers, shapes_of
 from .released import Released
 from .schedules import Schedule, begins, make_schedule, peak
 from ..sparse.layers import hold
 from ..sparse.masks import Masks
+from ..sparse.packed import pack_bits, unpack_bits
 
-# %% ../../nbs/03_pruning/pruners.ipynb #e06adc88
+# %% ../../nbs/03_pruning/pruners.ipynb #05e3672d
 def check_feasible(
     criterion: Criterion,
     layers: dict[str, nn.Module],  # name of the weight -> masked layer
@@ -34,6 +35,7 @@ def check_feasible(
     ends = allocation.counts(shapes_of(layers), {name: item.numel() for name, item in items.items()}, target)
     if allocation.rows:
         for name, item in items.items(): row_ends(name, item, ends[name])
+    check_most(criterion.grain, items, target)
 
 def check_whole(
     layers: dict[str, nn.Module],  # name of the weight -> masked layer
@@ -196,14 +198,14 @@ def follow_released(
     if event == "reset": pruner.saved.append(pruner.masks)
     set_masks(pruner, Masks(masks), event, scheduled)
 
-# %% ../../nbs/03_pruning/pruners.ipynb #9acab7ff
+# %% ../../nbs/03_pruning/pruners.ipynb #0628f691
 FORMAT = "sparsedarts pruner 1"
 
 def settings_of(
     pruner: Pruner,
 ) -> dict:             # plain text
     "What two pruners must have in common for one to go on from the other's state."
-    def name(value): return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+    def name(value): return value if isinstance(value, str) else repr(value) if isinstance(value, Granularity) else getattr(value, "__name__", type(value).__name__)
     criterion = pruner.criterion
     return {"schedule": repr(pruner.schedule), "score": name(criterion.score), "allocation": name(criterion.allocation), "granularity": name(criterion.granularity),
             "mode": pruner.mode, "combine": str(pruner.combine), "compat": str(bool(pruner.released)), "seed": str(pruner.seed),

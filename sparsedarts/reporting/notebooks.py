@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUIRED', 'ELSEWHERE', 'PRESENTATION', 'Parameter', 'parse_parameters', 'read_notebook', 'fits', 'check_parameters',
-           'parse_value', 'Paper', 'read_presets', 'read_paper', 'papers', 'find_paper', 'package_hash', 'folder_of']
+           'parse_value', 'Paper', 'read_presets', 'read_paper', 'papers', 'studies', 'find_paper', 'package_hash',
+           'folder_of']
 
 # %% ../../nbs/08_reporting/notebooks.ipynb #e6597c54
 import ast
@@ -110,10 +111,10 @@ def parse_value(
         if isinstance(default, (list, tuple)): return [part.strip() for part in text.strip("[]() ").split(",")]
         return text
 
-# %% ../../nbs/08_reporting/notebooks.ipynb #d584be5b
+# %% ../../nbs/08_reporting/notebooks.ipynb #8379505a
 @dataclass(frozen=True)
 class Paper:
-    "A paper notebook."
+    "A paper's or a study's notebook."
     name: str            # "unionmask"
     path: Path           # of the notebook
     title: str           # its heading
@@ -121,6 +122,10 @@ class Paper:
     parameters: dict     # name -> Parameter
     presets: dict        # name -> {parameter: value}
     code: str = field(repr=False, default="")  # all code cells, for the cache key
+
+    @property
+    def kind(self) -> str:  # "paper" or "study", by the folder
+        return "study" if self.path.parent.name == "studies" else "paper"
 
     def preset(self,
         name: str,   # "smoke", "laptop" ...
@@ -151,22 +156,31 @@ def read_paper(
     code = "\n\n".join(c.source for c in notebook.cells if c.cell_type == "code")
     return Paper(path.stem, path, title, subtitle, declared, read_presets(root / "reports" / "sweeps" / f"{path.stem}.toml"), code)
 
-# %% ../../nbs/08_reporting/notebooks.ipynb #26d17ca7
+# %% ../../nbs/08_reporting/notebooks.ipynb #8edc9d31
 def papers(
     root: str | Path | None = None,  # the clone; found from the working directory
 ) -> dict:                           # name -> path of the notebook
     "The paper notebooks that exist."
-    root = Path(root) if root else project_root()
-    found = sorted((root / "nbs" / "papers").glob("*.ipynb"))
+    return _notebooks_in("papers", root)
+
+def studies(
+    root: str | Path | None = None,  # the clone
+) -> dict:                           # name -> path of the notebook
+    "The studies that exist."
+    return _notebooks_in("studies", root)
+
+def _notebooks_in(folder, root):
+    "Notebooks of a folder by name, without half-written ones."
+    found = sorted(((Path(root) if root else project_root()) / "nbs" / folder).glob("*.ipynb"))
     return {path.stem: path for path in found if not path.name.startswith(("_", ".")) and not path.name.endswith(".part.ipynb")}
 
 def find_paper(
-    name: str,                       # "unionmask"
+    name: str,                       # "unionmask", "pruning_at_init"
     root: str | Path | None = None,  # the clone
 ) -> Paper:
-    "A paper by name."
+    "A paper or a study by name; a paper wins."
     root = Path(root) if root else project_root()
-    known = papers(root)
+    known = papers(root) | {name: path for name, path in studies(root).items() if name not in papers(root)}
     if name not in known: raise unknown_name("paper", name, known)
     return read_paper(known[name], root)
 

@@ -7,7 +7,7 @@ __all__ = ['TOGGLE', 'CARD', 'BADGES', 'BEGIN', 'END', 'facts', 'facts_html', 'f
            'main_picture', 'thumbnail', 'headline_html', 'card_html', 'index_page', 'write_report', 'keep_sample',
            'results_table', 'fill_readme']
 
-# %% ../../nbs/08_reporting/pages.ipynb #4773e8d7
+# %% ../../nbs/08_reporting/pages.ipynb #ffaa42e1
 import base64
 import contextlib
 import html
@@ -19,7 +19,7 @@ from pathlib import Path
 from ..core import DataError, ParameterError, RunError
 from ..files import atomic_write, project_root, write_json
 from .claims import VERDICTS, Verdicts, claims_html
-from .notebooks import find_paper, papers
+from .notebooks import find_paper, papers, studies
 from .rendering import notebook_html, page_html
 from .runs import Run, find_runs, read_run
 from .trials import duration
@@ -61,7 +61,7 @@ def failure_html(
     error = f"<pre>{html.escape(fact['error'])}</pre>" if fact["error"] else ""
     return f'<div class="failed"><strong>{text}</strong>{error}</div>'
 
-# %% ../../nbs/08_reporting/pages.ipynb #eda04c19
+# %% ../../nbs/08_reporting/pages.ipynb #c165c91c
 TOGGLE = """<button type="button" onclick="document.querySelectorAll('details.code').forEach(d => d.open = !d.open)">show or hide all code</button>"""
 
 def run_page(
@@ -80,7 +80,7 @@ def run_page(
     except Exception as error:
         text = f"{source.name} cannot be read: {str(error)[:200]}"
         return page_html(title, f'{top}<h1>{html.escape(run.paper)}</h1><p class="failed">{html.escape(text)}</p>')
-    return page_html(title, top + notebook_html(notebook, root / "nbs" / "papers", target))
+    return page_html(title, top + notebook_html(notebook, root / "nbs" / ("studies" if run.paper in studies(root) else "papers"), target))
 
 # %% ../../nbs/08_reporting/pages.ipynb #de9dba43
 def pictures_of(
@@ -174,14 +174,14 @@ def index_page(
     empty = "<p>No runs yet. Start one with <code>sparsedarts reproduce unionmask</code>.</p>"
     return page_html("sparsedarts: paper beside ours", f"<h1>What papers claim, and what we measured</h1>{intro}{body or empty}", CARD)
 
-# %% ../../nbs/08_reporting/pages.ipynb #bfa8189e
+# %% ../../nbs/08_reporting/pages.ipynb #1a973cfc
 def write_report(
     root: str | Path | None = None,  # the clone
 ) -> Path:                           # reports/index.html
     "Render every run and the index."
     root = Path(root).resolve() if root else project_root()
     reports, linked, titles = root / "reports", [], {}
-    for name in papers(root):
+    for name in [*papers(root), *studies(root)]:
         with contextlib.suppress(DataError, ParameterError, RunError): titles[name] = find_paper(name, root).title
     pages = reports / "pages"
     for run in find_runs(root):
@@ -214,7 +214,7 @@ def keep_sample(
     atomic_write(target / "report.html", run_page(run, target, root))
     return target
 
-# %% ../../nbs/08_reporting/pages.ipynb #d54aa65d
+# %% ../../nbs/08_reporting/pages.ipynb #c1eacf3b
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 def results_table(
@@ -227,7 +227,7 @@ def results_table(
         best = max(measured, key=lambda control: control["own"]["mean"], default=None)
         return f"{best['name']}: {best['own']['text']}" if best else "-"
     lines = [row("claim", "paper", "ours", "strongest control", "verdict", "minutes", "notebook"), "|---|---|---|---|---|---|---|"]
-    for run in (r for r in find_runs(root) if r.sample and r.status == "done"):
+    for run in (r for r in find_runs(root) if r.sample and r.status == "done" and r.paper not in studies(root)):
         fact = facts(run)
         scale = ", ".join(filter(None, (run.preset, fact["dataset"])))
         where = f"[{run.paper}](nbs/papers/{run.paper}.ipynb), {scale} ([report](reports/samples/{run.folder.name}/report.html))"

@@ -151,13 +151,14 @@ def majority(
     votes = {name: sum(other[name].to(mask.device, torch.int64) for other in sets) for name, mask in sets[0].items()}
     return Masks({name: 2 * vote > len(sets) for name, vote in votes.items()})
 
-# %% ../../nbs/02_sparse/masks.ipynb #8916b590
+# %% ../../nbs/02_sparse/masks.ipynb #c9b4fb70
 def ones_like(
     source: nn.Module | Mapping[str, Tensor],  # a network, or name -> tensor
 ) -> Masks:                                    # nothing removed
     "Masks that keep every weight of the convolutions and linear layers of a network, or of a dictionary of tensors."
     if isinstance(source, nn.Module):
-        owners = {f"{name}.weight".lstrip("."): module for name, module in source.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+        fits = (nn.Conv2d, nn.Linear)  # themselves or masked; other subclasses cannot be masked
+        owners = {f"{name}.weight".lstrip(".") for name, module in source.named_modules() if type(module) in fits or (isinstance(module, fits) and hasattr(module, "mask"))}
         source = {name: weight for name, weight in source.named_parameters() if name in owners}
     if not isinstance(source, Mapping): raise ParameterError(f"need a network or a dictionary of tensors, got {type(source).__name__}")
     if not source: raise ParameterError("the network has no Conv2d or Linear layer, so there is nothing to mask")

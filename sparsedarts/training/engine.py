@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'RESULT_OPTIONS', 'total_steps', 'training_batches', 'listeners', 'Run', 'make_whole', 'takes_images',
            'check_options', 'forward', 'update', 'advance', 'check_finite', 'close_epoch', 'measure', 'open_checkpoint',
-           'save', 'resume', 'TrainResult', 'train', 'train_run']
+           'save', 'resume', 'TrainResult', 'train', 'state_before', 'put_back', 'train_run']
 
 # %% ../../nbs/06_training/engine.ipynb #7b94b5c3
 import inspect
@@ -264,7 +264,7 @@ class TrainResult:
         numbers = ", ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in self.metrics.items())
         return f"TrainResult({numbers}, {self.seconds:.1f} s)"
 
-# %% ../../nbs/06_training/engine.ipynb #b86420f5
+# %% ../../nbs/06_training/engine.ipynb #d9fc6599
 def train(
     model: nn.Module,                    # trained in place; returns logits (B, C), or a tuple that begins with them
     data,                                # with a `train` split, perhaps `valid` and `test` (from `load_data`)
@@ -297,15 +297,33 @@ def train(
 ) -> TrainResult:
     "Train a classifier; killed and started again, it ends with the same bits."
     options = SimpleNamespace(**{name: value for name, value in locals().items() if name not in ("model", "data")})
-    generators, masks = rng_state(), mask_state(model)
+    generators, before = rng_state(), state_before(model, checkpoint)
     with modes_kept(model), format_kept(model):
         try:
             seed_everything(derive_seed(seed, "training"))
             return train_run(Run(model, data, options))
         except CheckpointError:
-            load_mask_state(model, masks)
+            put_back(model, *before)
             raise
         finally: restore_rng(generators)
+
+def state_before(
+    model: nn.Module,           # about to be trained
+    path: str | Path | None,    # its checkpoint
+) -> tuple[dict, dict]:         # masks; tensors of the state dictionary, if there is a checkpoint that may be refused
+    "What a refused checkpoint must leave behind, since a pruner that starts with masks removes weights before the file is read."
+    return mask_state(model), {name: value.clone() for name, value in model.state_dict().items()} if path and Path(path).exists() else {}
+
+def put_back(
+    model: nn.Module,   # perhaps with more masked layers than before
+    masks: dict,        # from `state_before`
+    tensors: dict,      # from `state_before`
+) -> None:
+    "Masks and weights as they were; layers masked since keep everything."
+    load_mask_state(model, masks)
+    for name, layer in masked_layers(model).items():
+        if name not in masks: layer.set_mask(torch.ones_like(layer.mask))
+    if tensors: model.load_state_dict(tensors)
 
 def train_run(
     run: Run,          # not begun
@@ -322,6 +340,7 @@ def train_run(
             reporter.step(run.step, run.epoch, run.current_loss)
             if checkpoint and (run.step == run.steps or checkpoint.due(run.step, run.step % run.steps_per_epoch == 0)): save(run, checkpoint)
     finally:
-        if run.hold: run.hold.remove()
+        for guest in (run.hold, run.pruner):
+            if hasattr(guest, "remove"): guest.remove()
         if hasattr(run.batches, "close"): run.batches.close()
     return TrainResult(run.model, run.metrics, pd.DataFrame(run.history), run.seconds + time.perf_counter() - run.began, run.pruner)
