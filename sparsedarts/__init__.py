@@ -19,6 +19,7 @@ _WHERE = {
     "space.genotypes": ("Genotype",),
     "space.catalogue": ("genotype", "genotypes"),
     "space.cells": ("derive",),
+    "space.draw": ("draw",),
     "space.darts": ("supernet",),
     "training.engine": ("train", "evaluate"),
     "strategy.search": ("search",),
