@@ -22,6 +22,7 @@ _WHERE = {
     "space.draw": ("draw",),
     "space.darts": ("supernet",),
     "training.engine": ("train", "evaluate"),
+    "training.retraining": ("retrain",),
     "strategy.search": ("search",),
     "reporting.runs": ("reproduce",),
 }

@@ -60,3 +60,16 @@ def test_no_step_waits_for_a_number(digits):
         return mode.count
     assert len(digits.train) // 64 == 7, "both runs must end inside one epoch's steps"
     assert 0 < reads(6) == reads(3)
+
+
+def test_gradients_that_a_phase_before_left_do_not_count_in_the_norm():
+    "A frozen parameter may still hold a gradient; clipping must not see it, or phases in one process and phases one by one would differ."
+    data, ends = sd.load_data("digits"), []
+    for left in (False, True):
+        torch.manual_seed(0)
+        net = sd.resnet(8, 10, width=0.25, in_channels=1)
+        frozen = net.stem.conv.weight.requires_grad_(False)
+        if left: frozen.grad = torch.full_like(frozen, 100.)
+        sd.train(net, data, steps=2, lr=0.1, clip=0.5, seed=0, progress=False)
+        ends.append({name: value.clone() for name, value in net.state_dict().items()})
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

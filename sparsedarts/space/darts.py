@@ -126,7 +126,7 @@ class Supernet(nn.Module):
             else:
                 with torch.no_grad(): alpha.copy_(given)
 
-# %% ../../nbs/05_space/darts.ipynb #8fa7acf7
+# %% ../../nbs/05_space/darts.ipynb #509aed1e
 class DartsSupernet(Supernet, CellNetwork):
     "The network of a DARTS search: all edges, all operations, one alpha for each kind of cell (Liu et al. 2019)."
     def __init__(self,
@@ -178,6 +178,13 @@ class DartsSupernet(Supernet, CellNetwork):
         if self._path == "fast" and not (self.training and self._drop_path_prob):
             from sparsedarts.space.fast import fast_forward
             return fast_forward(self, x, weights)
+        return self.plain_forward(x, weights)
+
+    def plain_forward(self,
+        x: Tensor,      # (B, in_channels, H, W)
+        weights: dict,  # cell -> (edges, operations)
+    ) -> Tensor:        # logits (B, classes)
+        "The plain path: every operation of every edge by itself."
         s0, s1 = self.inputs(x)
         for cell in self.cells: s0, s1 = s1, cell(s0, s1, weights["reduce" if cell.reduction else "normal"], self._drop_path_prob)
         return self.head(s1)
@@ -186,7 +193,7 @@ class DartsSupernet(Supernet, CellNetwork):
         "The cells that the alphas stand for; refuses alphas that stand for none."
         return derive_genotype(self._alphas["normal"], self._alphas["reduce"], self.space)
 
-# %% ../../nbs/05_space/darts.ipynb #835fb604
+# %% ../../nbs/05_space/darts.ipynb #6629cfa7
 supernets = Registry("supernet")
 
 def supernet(
@@ -214,7 +221,7 @@ def darts_supernet(
     stem: str = "cifar",                   # "cifar" or "imagenet"
     layer_type: "str | Layers" = "dense",  # "dense", "masked", or the classes to build from
     alpha_scale: float = 1e-3,             # standard deviation of the initial alphas
-    path: str = "plain",                   # "plain" or "fast"
+    path: str = "plain",                   # "plain": every operation by itself, or "fast": the same up to rounding
 ) -> DartsSupernet:
     "A supernet of the DARTS family (Liu et al. 2019; Zela et al. 2020)."
     check_number(classes, "classes", low=1, integer=True)

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['LOOKS', 'DEAD', 'RADIUS', 'BOX', 'GAP', 'LANE', 'CellGraph', 'column_halves', 'lanes', 'Layout', 'layout',
            'line_path', 'edge_look', 'draw_edge', 'draw_nodes', 'box_width', 'draw_graph', 'nasbench201_edges',
-           'edge_density', 'supernet_graph', 'cell_weights', 'cell_graphs', 'describe', 'place', 'draw', 'gallery',
-           'save_drawing']
+           'edge_density', 'check_mixing', 'supernet_graph', 'nasbench201_graph', 'cell_weights', 'cell_graphs',
+           'describe', 'place', 'draw', 'gallery', 'save_drawing']
 
-# %% ../../nbs/05_space/draw.ipynb #6494a2c0
+# %% ../../nbs/05_space/draw.ipynb #81f0f5db
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..core import ParameterError, ShapeError, check_choice, check_number, unknown_name
+from ..core import ParameterError, ShapeError, check_choice, check_number
 from ..files import atomic_write
 from ..plots import new_figure, png, theme
 from .catalogue import genotype as published_genotype
 from .cells import DerivedNetwork
 from .darts import Supernet
 from .genotypes import Genotype, parse_cell, parse_genotype
+from .nasbench201 import NB201_EDGES, NB201_OPERATIONS, NB201Network, NB201Supernet, parse_nb201
 from .ops import Space
 from ..sparse.layers import masked_layers, unwrapped
 
@@ -231,21 +231,12 @@ def draw_graph(
     axes.axis("off")
     return right - left, placed.high - placed.low
 
-# %% ../../nbs/05_space/draw.ipynb #f93ff60c
+# %% ../../nbs/05_space/draw.ipynb #ef77fc85
 def nasbench201_edges(
     text: str,  # "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|...|"
 ) -> tuple:     # triples (operation, source, target), node 0 is the input
     "The edges of a NAS-Bench-201 cell (Dong & Yang 2020)."
-    edges = []
-    for target, group in enumerate(text.strip().split("+"), start=1):
-        words = [re.fullmatch(r"(\w+)~(\d+)", word) for word in group.strip("|").split("|")]
-        if not (group.startswith("|") and group.endswith("|") and all(words)) or [int(w[2]) for w in words] != list(range(target)):
-            raise ParameterError(f"{text!r:.90} is no NAS-Bench-201 cell: "
-                                 f"node {target} needs |operation~0|...|operation~{target - 1}|, got {group!r}")
-        for word in words:
-            if word[1] not in LOOKS: raise unknown_name("operation", word[1], LOOKS)
-            edges.append((word[1], int(word[2]), target))
-    return tuple(edges)
+    return tuple((name, source, target) for name, (target, source) in zip(parse_nb201(text), NB201_EDGES))
 
 # %% ../../nbs/05_space/draw.ipynb #aa60594e
 def edge_density(
@@ -262,19 +253,28 @@ def edge_density(
         counts.append(sum(int(m.count_nonzero()) for m in found) / sum(m.numel() for m in found) if found else None)
     return tuple(counts)
 
-# %% ../../nbs/05_space/draw.ipynb #0359c12c
-def supernet_graph(
-    network: Supernet,
-    mixing: Tensor,    # (edges, operations), weights of the operations
-    cell: str,         # "normal" or "reduce"
-) -> CellGraph:
-    "The strongest operation of every edge."
-    space = network.space
-    rows = getattr(space, cell)
-    if tuple(mixing.shape) != (len(rows), len(rows[0])):
-        raise ShapeError(f"mixing weights of the {cell} cell must be ({len(rows)}, {len(rows[0])}), got {tuple(mixing.shape)}")
+# %% ../../nbs/05_space/draw.ipynb #0a9de1b0
+def check_mixing(
+    mixing: Tensor,   # (edges, operations), weights of the operations
+    edges: int,       # of the cell
+    names: int,       # operations an edge
+    cell: str,        # for messages
+) -> None:
+    "Refuse mixing weights of another cell, and what is no weight."
+    if tuple(mixing.shape) != (edges, names):
+        raise ShapeError(f"mixing weights of the {cell} cell must be ({edges}, {names}), got {tuple(mixing.shape)}")
     if not mixing.isfinite().all() or mixing.min() < 0 or mixing.max() > 1 + 1e-6:
         raise ParameterError(f"mixing weights must lie in [0, 1], such as a softmax; got {float(mixing.min()):g} to {float(mixing.max()):g}")
+
+def supernet_graph(
+    network: "Supernet | Space",  # what is on offer
+    mixing: Tensor,               # (edges, operations), weights of the operations
+    cell: str,                    # "normal" or "reduce"
+) -> CellGraph:
+    "The strongest operation of every edge."
+    space = getattr(network, "space", network)
+    rows = getattr(space, cell)
+    check_mixing(mixing, len(rows), len(rows[0]), cell)
     pairs, edges, weights = [(source, v + 2) for v in range(space.nodes) for source in range(v + 2)], [], []
     for names, row, (source, target) in zip(rows, mixing.tolist(), pairs):
         weight, _, name = max((w, -i, name) for i, (w, name) in enumerate(zip(row, names)) if name != "none")
@@ -282,6 +282,16 @@ def supernet_graph(
         weights.append(min(weight, 1.0))
     chosen = {(source, 2 + i // 2) for i, (_, source) in enumerate(parse_cell(mixing, rows, space.nodes))}
     return CellGraph(tuple(edges), tuple(range(2, space.nodes + 2)), 2, tuple(weights), tuple(pair in chosen for pair in pairs))
+
+# %% ../../nbs/05_space/draw.ipynb #a03dd238
+def nasbench201_graph(
+    mixing: Tensor,    # (6, 5), weights of the operations
+) -> CellGraph:
+    "The strongest operation of every edge of a NAS-Bench-201 supernet."
+    check_mixing(mixing, len(NB201_EDGES), len(NB201_OPERATIONS), "NAS-Bench-201")
+    best, weights = [row.index(max(row)) for row in mixing.tolist()], tuple(min(max(row), 1.0) for row in mixing.tolist())
+    edges = tuple((NB201_OPERATIONS[k], source, target) for k, (target, source) in zip(best, NB201_EDGES))
+    return CellGraph(edges, (), 1, weights, (True,) * len(edges))
 
 # %% ../../nbs/05_space/draw.ipynb #9f1e8a0f
 def cell_weights(
@@ -300,7 +310,7 @@ def cell_weights(
         raise ShapeError(f"weights of the {cell} cell must be {len(edges)} numbers, one an edge, got {got}")
     return tuple(None if w is None else check_number(w, f"weight of edge {k}", low=0, high=1) for k, w in enumerate(weights))
 
-# %% ../../nbs/05_space/draw.ipynb #099c4adb
+# %% ../../nbs/05_space/draw.ipynb #a8890f4a
 def cell_graphs(
     source,         # a genotype, the name of a published cell, "Genotype(...)", a NAS-Bench-201 string, a derived network, or a supernet
     cell: str | None = None,  # "normal", "reduce", or None for both
@@ -309,11 +319,13 @@ def cell_graphs(
     "What there is to draw."
     kinds = ("normal", "reduce") if check_choice(cell, ("normal", "reduce", None), "cell") is None else (cell,)
     if weights is not None and not isinstance(weights, Mapping): weights = {"cell": weights} if cell is None else {cell: weights}
-    if isinstance(source, str) and source.lstrip().startswith("|"):
-        if cell is not None: raise ParameterError(f"a NAS-Bench-201 network has one kind of cell; leave out cell={cell!r}")
-        edges = nasbench201_edges(source)
-        return {"cell": CellGraph(edges, (), 1, cell_weights(weights, edges, "cell"))}
     network = unwrapped(source) if isinstance(source, nn.Module) else None
+    bench = isinstance(network, (NB201Network, NB201Supernet))
+    if bench or (isinstance(source, str) and source.lstrip().startswith("|")):
+        if cell is not None: raise ParameterError(f"a NAS-Bench-201 network has one kind of cell; leave out cell={cell!r}")
+        if isinstance(network, NB201Supernet): return {"cell": nasbench201_graph((weights or network.weights())["cell"].detach())}
+        edges = nasbench201_edges(network.genotype if bench else source)
+        return {"cell": CellGraph(edges, (), 1, cell_weights(weights, edges, "cell"))}
     if isinstance(network, Supernet):
         if not isinstance(getattr(network, "space", None), Space):
             raise ParameterError(f"{type(network).__name__} has no cells with two inputs to draw; draw the cell that it derives instead")

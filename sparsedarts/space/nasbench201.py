@@ -370,7 +370,7 @@ def derive_nb201(
                             "ties alone; `parse_nb201_alphas` shows it")
     return cell
 
-# %% ../../nbs/05_space/nasbench201.ipynb #bda5a73e
+# %% ../../nbs/05_space/nasbench201.ipynb #eb160de1
 class NB201Supernet(Supernet, NB201Stack):
     "The network of a search in NAS-Bench-201: all operations, one alpha for all cells (Dong & Yang 2020)."
     def __init__(self,
@@ -406,6 +406,12 @@ def nasbench201_supernet(
     in_channels: int = 3,                  # of the images
     layer_type: "str | Layers" = "dense",  # "dense", "masked", or the classes to build from
     alpha_scale: float = 1e-3,             # standard deviation of the initial alphas
+    path: str = "plain",                   # there is no other
+    **other,                               # options of other supernets, which are refused
 ) -> NB201Supernet:                        # new weights and alphas from the caller's torch seed
     "The supernet of NAS-Bench-201."
+    if path != "plain": other = {f"path={path!r}": path} | other
+    if other:
+        raise ParameterError(f"supernet('nasbench201') takes no {', '.join(other)}: its cell is fixed and computed in one way; "
+                             "it has channels, layers, classes, in_channels, layer_type and alpha_scale")
     return NB201Supernet(channels, layers, classes, in_channels, as_layers(layer_type), check_number(alpha_scale, "alpha_scale", low=0))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['strategies', 'SUPERNET_OPTIONS', 'find_strategy', 'seeded_supernet', 'darts_search', 'random_cells', 'search']
 
-# %% ../../nbs/07_strategy/search.ipynb #23a1da78
+# %% ../../nbs/07_strategy/search.ipynb #b1a974c8
 import functools
 import importlib
 import importlib.util
@@ -14,6 +14,7 @@ from ..core import ParameterError, Registry, check_number, derive_seed, restore_
 from ..data.loading import load_data
 from ..space.darts import Supernet, darts_supernet, supernet
 from ..space.genotypes import random_genotype
+from ..space.nasbench201 import random_nb201
 from ..space.ops import Space, search_space
 from .bilevel import Search, SearchResult
 from .sampling import random_search
@@ -42,7 +43,7 @@ def seeded_supernet(
         return darts_supernet(space, **options) if isinstance(space, Space) else supernet(space, **options)
     finally: restore_rng(before)
 
-# %% ../../nbs/07_strategy/search.ipynb #f928d5d6
+# %% ../../nbs/07_strategy/search.ipynb #7b0909ac
 SUPERNET_OPTIONS = ("channels", "layers", "nodes", "stem", "layer_type", "alpha_scale", "path")
 
 @strategies.register("darts")
@@ -63,13 +64,16 @@ def darts_search(
 @strategies.register("random")
 def random_cells(
     data,                             # from `load_data`
-    space: "str | Space" = "darts",   # what is drawn from
+    space: "str | Space" = "darts",   # what is drawn from; "nasbench201" for its 15,625 cells
     seed: int = 0,                    # of everything
     nodes: int = 4,                   # intermediate nodes of a cell
     **options,                        # of `random_search`
 ) -> SearchResult:
-    "Random cells, each trained briefly (Li & Talwalkar 2019)."
+    "Random cells, each trained briefly (Li & Talwalkar 2019); of NAS-Bench-201 where that is the space."
     draw = options.pop("draw", None)
+    if space == "nasbench201":
+        if nodes != 4: raise ParameterError(f"a NAS-Bench-201 cell has 4 nodes, its input among them; got nodes={nodes}")
+        return random_search(data, draw=draw or random_nb201, seed=seed, **{"channels": 16, "layers": 5} | options)
     if draw is None: search_space(space, nodes)  # refuses an unknown one now
     draw = draw or functools.partial(random_genotype, space=space, nodes=nodes)
     return random_search(data, draw=draw, seed=seed, **options)

@@ -131,7 +131,7 @@ def check_options(
     for part in options.evaluate_on: check_choice(part, ("train", "valid", "test"), "part of the data in evaluate_on")
     check_number(options.seed, "seed", low=0, integer=True)
 
-# %% ../../nbs/06_training/engine.ipynb #bf7c9f43
+# %% ../../nbs/06_training/engine.ipynb #788bf2d8
 def forward(
     run: Run,     # the model, loss and precision
     x: Tensor,    # images (B, C, H, W)
@@ -154,7 +154,7 @@ def update(
     (loss if scaler is None else scaler.scale(loss)).backward()
     if run.options.clip is not None:
         if scaler is not None: scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.model.parameters(), run.options.clip)
+        nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], run.options.clip)  # not what an earlier phase left in .grad
     if scaler is None: return run.optimizer.step()
     scaler.step(run.optimizer)
     scaler.update()

@@ -136,7 +136,7 @@ class Reporter:
         self.say(f"{self.title}: step {done} of {self.steps} (epoch {epoch}), loss {loss():.3f}, "
                  f"{1000 * each:.0f} ms a step, about {math.ceil(each * (self.steps - done))} s left")
 
-# %% ../../nbs/06_training/metrics.ipynb #9225bb4d
+# %% ../../nbs/06_training/metrics.ipynb #c919b8da
 def memory_format(
     channels_last: bool | None,  # as given to `train`
     device: torch.device,        # where the model runs
@@ -150,7 +150,10 @@ def memory_format(
 def format_kept(
     model: nn.Module,  # whose weights may change their memory format inside the block
 ):
-    "Put the weights back into the memory format they came in."
-    mixed = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    "Put the weights back into the memory layout they came in."
+    before = {t: t.stride() for t in (*model.parameters(), *model.buffers()) if t.dim() == 4}
     try: yield
-    finally: model.to(memory_format=torch.channels_last if mixed else torch.contiguous_format)
+    finally:
+        with torch.no_grad():
+            for t, stride in before.items():
+                if t.stride() != stride: t.data = torch.empty_strided(t.shape, stride, dtype=t.dtype, device=t.device).copy_(t)
