@@ -24,7 +24,7 @@ reproduce: .venv/.installed  ## run the paper notebooks and render reports/index
 
 test: .venv/.installed       ## everything: notebooks in sync, every notebook executed, tests/
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 lab: .venv/.installed        ## JupyterLab at the first notebook to read
 	$(BIN)/jupyter lab nbs/papers/unionmask.ipynb
@@ -38,6 +38,7 @@ benchmarks: .venv/.installed ## speed ratios against the classic way (some minut
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scored.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/initialisation.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/supernet.py
 
 clean:           ## forget runs and rendered pages (keeps .venv and committed samples)
 	rm -rf reports/runs reports/pages reports/index.html

@@ -193,7 +193,7 @@ class DartsSupernet(Supernet, CellNetwork):
         "The cells that the alphas stand for; refuses alphas that stand for none."
         return derive_genotype(self._alphas["normal"], self._alphas["reduce"], self.space)
 
-# %% ../../nbs/05_space/darts.ipynb #6629cfa7
+# %% ../../nbs/05_space/darts.ipynb #cb002337
 supernets = Registry("supernet")
 
 def supernet(
@@ -221,7 +221,7 @@ def darts_supernet(
     stem: str = "cifar",                   # "cifar" or "imagenet"
     layer_type: "str | Layers" = "dense",  # "dense", "masked", or the classes to build from
     alpha_scale: float = 1e-3,             # standard deviation of the initial alphas
-    path: str = "plain",                   # "plain": every operation by itself, or "fast": the same up to rounding
+    path: str = "fast",                    # "fast", or "plain": every operation by itself, the same up to rounding
 ) -> DartsSupernet:
     "A supernet of the DARTS family (Liu et al. 2019; Zela et al. 2020)."
     check_number(classes, "classes", low=1, integer=True)
