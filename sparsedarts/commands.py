@@ -181,7 +181,7 @@ def prune(
                   connected=found.connected, layers=found.table().to_dict("records"))
     say(record, as_json, f"{found}\nmasks in {masks}" + ("\n\n" + found.table().to_string(index=False) if layers else ""))
 
-# %% ../nbs/08_reporting/commands.ipynb #d974039d
+# %% ../nbs/08_reporting/commands.ipynb #1085f9a9
 def read_options(
     texts: list,  # "name=value"
 ) -> dict:        # name -> value: what Python would read, else the text
@@ -191,6 +191,7 @@ def read_options(
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier(): raise ParameterError(f"an option is given as -o name=value, got {text!r}")
+        if name in ("seed", "data", "space", "checkpoint", "folder"): raise ParameterError(f"{name} has an option of its own: --{'out' if name in ('checkpoint', 'folder') else name}")
         try: found[name] = {"true": True, "false": False, "none": None}[value.lower()] if value.lower() in ("true", "false", "none") else ast.literal_eval(value)
         except (ValueError, SyntaxError): found[name] = value
     return found
@@ -244,7 +245,7 @@ def search(
     record = dict(genotype=json.loads(text) if text.startswith("{") else text, seconds=round(result.seconds, 2), metrics=result.metrics, folder=out)
     say(record, as_json, f"{text}\n{result.seconds:.1f} s; genotype, picture and history in {out}")
 
-# %% ../nbs/08_reporting/commands.ipynb #87a7d174
+# %% ../nbs/08_reporting/commands.ipynb #b21ab286
 def phase_source(
     out: Path,              # where the phases have their folders
     phase: str,             # about to begin
@@ -268,9 +269,9 @@ def train_in_phases(cell, data, size, keep, phase, source, epochs, out, save_den
     options = dict(auxiliary=min(data.shape[1:]) >= 32) | options
     result = train_found(cell, data, size, keep or None, folder=out / (phase or "phases"), save_dense=save_dense, **options)
     row = found_row(result.model, data.shape).iloc[0].to_dict()
-    return result, dict(phases=result.metrics, kept=result.masks.kept, **{name: row[name] for name in ("params", "weights", "kept_weights", "norms", "macs", "kept_macs")})
+    return result, dict(phases=result.metrics, kept=result.masks.kept, **{name: int(row[name]) for name in ("params", "weights", "kept_weights", "norms", "macs", "kept_macs")})
 
-# %% ../nbs/08_reporting/commands.ipynb #7a1aca92
+# %% ../nbs/08_reporting/commands.ipynb #9ad705d2
 @friendly
 def train(
     network: Annotated[str, NETWORK],
@@ -305,7 +306,7 @@ def train(
     import sparsedarts as sd
     images, options = sd.load_data(data), dict(seed=seed) | read_options(option)
     if size and (channels or cells): raise ParameterError("--size says channels and cells together; give it, or --channels and --cells")
-    if network in ("resnet", "vgg"): return train_plain(network, images, depth, width, epochs, options, out, as_json, dict(keep=keep, phase=phase, size=size, channels=channels, cells=cells, source=source))
+    if network in ("resnet", "vgg"): return train_plain(network, images, depth, width, epochs, options, out, as_json, {"keep": keep, "phase": phase, "size": size, "channels": channels, "cells": cells, "source": source, "save-dense": save_dense})
     cell, sizes = read_genotype(network), {name: value for name, value in dict(channels=channels, layers=cells).items() if value is not None}
     if depth is not None or width != 1: raise ParameterError("a network of cells has --channels and --cells, not --depth and --width")
     if keep or phase:

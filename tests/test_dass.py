@@ -511,3 +511,13 @@ def test_refusals(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"): load_stage(tmp_path / "none.pt", nn.Linear(1, 1), "prune", {})
     with pytest.raises(ParameterError, match="finetune.*trains what a mask has left"):
         hydra(derive("DASS", 2, 3, in_channels=1), DATA, 0.1, only="finetune", progress=False)
+
+
+def test_save_dense_is_written_by_every_phase_alone(tmp_path):
+    data = sd.load_data("digits")
+    options = dict(size=(4, 3), keep=0.5, auxiliary=False, drop_path=0.0, pretrain_epochs=1, prune_epochs=1, finetune_epochs=1, batch_size=450, progress=False, folder=tmp_path / "run", evaluate_on=())
+    for phase in ("pretrain", "prune", "finetune"):
+        result = train_found("DARTS_V2", data, phase=phase, save_dense=tmp_path / f"{phase}.pt", **options)
+        written = torch.load(tmp_path / f"{phase}.pt", weights_only=True)
+        plain = sd.densify(result.model).state_dict()
+        assert all(torch.equal(written[name], plain[name]) for name in plain), phase

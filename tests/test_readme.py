@@ -10,11 +10,20 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_example_runs(tmp_path):
     "The code block as it stands, but one epoch instead of thirty."
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     assert "epochs=30" in code
     done = subprocess.run([sys.executable, "-c", code.replace("epochs=30", "epochs=1")], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "TrainResult" in done.stdout and "sparsity=0.98" in done.stdout and (tmp_path / "masks.safetensors").exists(), done.stdout
+
+
+def test_the_search_example_runs(tmp_path):
+    "The second code block, with one epoch of everything."
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = re.sub(r"epochs=\d+", "epochs=1", code)
+    done = subprocess.run([sys.executable, "-c", code + "print(done)"], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "Genotype(" in done.stdout and "TrainResult" in done.stdout and (tmp_path / "cell.svg").exists(), done.stdout
 
 
 def test_commands_exist():

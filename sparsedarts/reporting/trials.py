@@ -144,7 +144,7 @@ def perform(
         return text
     for leftover in (checkpoint, failed): leftover.unlink(missing_ok=True)
 
-# %% ../../nbs/08_reporting/trials.ipynb #1ff3da8b
+# %% ../../nbs/08_reporting/trials.ipynb #d8a04521
 def duration(
     seconds: float,  # how long
 ) -> str:            # "12s", "3m05s", "2h10m"
@@ -157,8 +157,9 @@ def duration(
 def in_words(
     settings: Mapping,  # of a trial
 ) -> str:
-    "Settings on one line."
-    return " ".join(str(v) if isinstance(v, str) else f"{k}={v}" for k, v in settings.items())
+    "Settings on one line; long values are cut."
+    def short(text): return text if len(text) <= 40 else f"{text[:37]}..."
+    return " ".join(short(str(v)) if isinstance(v, str) else f"{k}={short(str(v))}" for k, v in settings.items())
 
 # %% ../../nbs/08_reporting/trials.ipynb #ac18a225
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")}

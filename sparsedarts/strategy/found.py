@@ -41,7 +41,7 @@ def network_size(
         raise ParameterError(f"size is one of {', '.join(SIZES)}, or (channels, cells); got {size!r}")
     return tuple(check_number(number, name, low=1, integer=True) for number, name in zip(size, ("channels", "cells")))
 
-# %% ../../nbs/07_strategy/found.ipynb #31ff6aba
+# %% ../../nbs/07_strategy/found.ipynb #f32edf89
 STAGES = {"pretrain": "pretrained.pt", "prune": "pruned.pt", "finetune": "finetuned.pt"}  # phase -> file it leaves
 
 def save_stage(
@@ -66,7 +66,7 @@ def load_stage(
     found = state.get("stage", "pretrain")
     if found != before: raise CheckpointError(f"{path} is what the phase {found!r} left; {phase!r} begins with what {before!r} leaves")
     wrong = [f"{name} is {state['about'].get(name)}, here {value}" for name, value in about.items()
-             if "about" in state and state["about"].get(name) != value and not (name == "keep" and phase == "prune")]
+             if "about" in state and state["about"].get(name) != value and not (name in ("keep", "method") and phase == "prune")]
     if wrong: raise CheckpointError(f"{path} belongs to another network: {'; '.join(wrong)}")
     try: model.load_state_dict(state.get("weights", state))
     except RuntimeError as error: raise CheckpointError(f"{path} does not fit this network: {str(error).splitlines()[-1].strip()}") from error

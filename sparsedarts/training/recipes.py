@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRUNER_OPTIONS', 'TRAIN_OPTIONS', 'PHASE_OPTIONS', 'HYDRA_PHASES', 'train_pruned', 'ramp', 'union_mask',
            'SoftPenalty', 'ScoreGroups', 'RecipeResult', 'Phases', 'phase_options', 'learn_scores', 'fix_masks',
-           'plain_on_error', 'released_cosine', 'hydra', 'draw_weights', 'neutral_norms', 'edge_popup', 'movement']
+           'plain_on_error', 'released_cosine', 'write_dense', 'hydra', 'draw_weights', 'neutral_norms', 'edge_popup',
+           'movement']
 
 # %% ../../nbs/06_training/recipes.ipynb #0dff209d
 import contextlib
@@ -252,8 +253,15 @@ def released_cosine(
     "(1 + cos(pi (e - 1) / E)) / 2 in epoch e = 0 ... E - 1, as HYDRA's code has it."
     return (1 + math.cos(math.pi * (math.floor(p * epochs + 1e-9) - 1) / epochs)) / 2
 
-# %% ../../nbs/06_training/recipes.ipynb #372108fd
+# %% ../../nbs/06_training/recipes.ipynb #14fa4997
 HYDRA_PHASES = ("pretrain", "prune", "finetune")
+
+def write_dense(
+    path: str | Path | None,  # None: nothing is written
+    model: nn.Module,         # plain or with masks
+) -> None:
+    "Write the weights for plain layers, removed ones zero."
+    if path is not None: save_checkpoint(path, {name: value.cpu() for name, value in unwrapped(model).state_dict().items()})
 
 def hydra(
     model: nn.Module,                      # trained and masked in place
@@ -296,11 +304,14 @@ def hydra(
             set_keep(model, keep=1)
             if only != "prune":
                 with learning(model, "weights"): phases.run("pretrain", pretrain_epochs, lr=lrs[0], **late(pretrain_epochs))
-            if only == "pretrain": return phases.plain_result()
+            if only == "pretrain":
+                result = phases.plain_result()
+                write_dense(save_dense, model)
+                return result
             set_scores(model, initial, data, options["seed"])
             scores = learn_scores(phases, "prune", prune_epochs, share, allocation, lrs[1], freeze_bn, compat, **late(prune_epochs))
     if only != "prune": phases.run("finetune", finetune_epochs, lr=lrs[2], seed=derive_seed(options["seed"], "finetune"), **late(finetune_epochs))
-    if save_dense is not None: save_checkpoint(save_dense, {name: value.cpu() for name, value in unwrapped(model).state_dict().items()})
+    write_dense(save_dense, model)
     return phases.result(scores)
 
 # %% ../../nbs/06_training/recipes.ipynb #2323b250
