@@ -7,7 +7,7 @@ __all__ = ['ONE_LEVEL', 'THREE_PHASES', 'Released', 'as_released', 'dass_lr', 'r
            'NoisyForward', 'ScoreStep', 'OneOptimizer', 'prepared', 'released_unroll', 'dass_phases', 'one_level_phase',
            'dass_options', 'dass_lengths', 'dass_search']
 
-# %% ../../nbs/07_strategy/dass.ipynb #ccb617c2
+# %% ../../nbs/07_strategy/dass.ipynb #a6940a0d
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -23,8 +23,8 @@ from ..pruning.scored import LayerCeil, ScoredLayer, kept_share, learning, score
 from ..space.darts import Supernet
 from ..space.dass import sparse_layers
 from ..space.ops import Space
-from .bilevel import Search, switched_off, switched_on
-from .gradients import batch_loss, trained_weights
+from .bilevel import Search, switched_on
+from .gradients import batch_loss, held_constant, trained_weights
 from .phases import PhasedResult, SearchPhase, search_in_phases
 from .search import SUPERNET_OPTIONS, seeded_supernet, strategies
 from .setup import SearchSettings, epoch_lr, search_settings, weight_optimizer
@@ -116,7 +116,7 @@ class NoisyForward:
         images = search.batch[0]
         search.supernet(images + self.deviation * torch.randn_like(images))
 
-# %% ../../nbs/07_strategy/dass.ipynb #45608032
+# %% ../../nbs/07_strategy/dass.ipynb #ff1ca0a7
 class ScoreStep:
     "After every step of the weights, one of the scores on the same batch."
     def __init__(self,
@@ -130,7 +130,7 @@ class ScoreStep:
 
     def after_step(self, search: Search) -> None:
         "Move the scores; weights, norms and alphas rest."
-        with switched_off([*trained_weights(search.optimizer), *search.supernet.alphas.values()]), switched_on(self.scores):
+        with held_constant([*trained_weights(search.optimizer), *search.supernet.alphas.values()]), switched_on(self.scores):
             loss, _ = batch_loss(search.supernet, search.batch, search.loss)
             for score, gradient in zip(self.scores, torch.autograd.grad(loss, self.scores, materialize_grads=True)): score.grad = gradient
         if self.clip is not None: nn.utils.clip_grad_norm_(self.scores, self.clip)
