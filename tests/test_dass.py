@@ -22,10 +22,10 @@ from sparsedarts.pruning.straight import best_masks
 from sparsedarts.space.cells import derive, derived_size
 from sparsedarts.space.genotypes import decode_cell, parse_alphas
 from sparsedarts.sparse.cost import cost
-from sparsedarts.sparse.layers import masked_layers
+from sparsedarts.sparse.layers import masked_layers, masks_of
 from sparsedarts.strategy.bilevel import Search
 from sparsedarts.strategy.dass import Released, ScoreStep, dass_phases, released_step, with_alphas
-from sparsedarts.strategy.found import METHODS, SIZES, found_row, least_magnitude, load_stage, train_found
+from sparsedarts.strategy.found import METHODS, SIZES, found_row, kept_weights, least_magnitude, load_stage, train_found
 from sparsedarts.strategy.gradients import second_order
 from sparsedarts.training.optim import make_optimizer
 from sparsedarts.training.recipes import hydra
@@ -108,6 +108,7 @@ def test_compression_of_the_small_network():
     assert 0.419 < row.norm_share < 0.420 and 58 < row.params / row.kept < 59
     assert 64 * row.macs - 63 * 5760 == 275_103_360, "the head's multiply-accumulates are not counted"
     assert net.auxiliary_head.classifier.mask.float().mean() < 0.02, "but it is pruned"
+    assert kept_weights(masks_of(net)) == row.kept_weights < masks_of(net).kept == sum(-(-mask.numel() // 100) for mask in masks_of(net).values())
 
 
 @pytest.mark.parametrize("channels, layers, weights, modules", [(16, 8, 1_930_618, 1396), (8, 5, 394_210, 886), (4, 3, 72_854, 545)])
@@ -379,10 +380,79 @@ def test_other_spaces_and_dense_layers():
     sizes = dict(channels=2, layers=1, order="first", **BATCH)
     found = sd.search("dass", DATA, space="nasbench201", keep="0.5", **sizes, **EACH)
     assert isinstance(found.genotype, str) and found.masks.kept == sum(-(-mask.numel() // 2) for mask in found.masks.values())
-    dense = sd.search("dass", DATA, layer_type="dense", **{**sizes, "layers": 3, "nodes": 2, "space": "s2"}, **EACH)
+    dense = sd.search("dass", DATA, layer_type="dense", **{**sizes, "layers": 3, "nodes": 2, "space": "s2"}, pretrain_epochs=1, finetune_epochs=1)
     assert dense.masks is None and list(dense.phases) == ["pretrain", "finetune"] and not any(isinstance(m, ScoredLayer) for m in dense.model.modules())
     same_seed = [sd.search("dass", DATA, sparsity=s, keep=k, **{**sizes, "layers": 3, "nodes": 2, "space": "s2"}, **EACH) for s, k in ((0.7, None), (None, "0.3"))]
     assert same(*(bits(result.model) for result in same_seed)), "sparsity is 1 - keep"
+
+
+def test_control_masks():
+    "Without an epoch of learning scores: least magnitude, or by lot; the lot of a search differs from that of another seed."
+    whole = EACH | dict(prune_epochs=0, finetune_epochs=1)
+    masks, largest = {}, {}
+    for name, options in {"scaled": {}, "lot": dict(initial="kaiming-normal"), "other seed": dict(initial="kaiming-normal", seed=1)}.items():
+        net, weights = tiny(), {}
+        def look(search):
+            if scored_masks(search.supernet).density == 1: weights.update({n: layer.weight.detach().clone() for n, layer in scored_layers(search.supernet).items()})
+        masks[name] = dass(net, callbacks=(Watch(look),), **options, **whole).masks
+        largest[name] = sd.Masks({n: best_masks([w.abs()], math.ceil(Fraction("0.3") * w.numel()))[0] for n, w in weights.items()})
+    assert masks["scaled"] == largest["scaled"], "of the weights after pretraining"
+    assert masks["lot"].counts() == masks["scaled"].counts()
+    chance = sum(int(mask.count_nonzero()) ** 2 / mask.numel() for mask in masks["lot"].values()) / masks["lot"].kept
+    for one, two in ((masks["lot"], largest["lot"]), (masks["other seed"], largest["other seed"]), (masks["lot"], masks["other seed"])):
+        assert abs((one & two).kept / one.kept - chance) < 0.06, "as much as chance gives"
+
+
+def test_random_scores_of_two_phases_are_two_draws():
+    scores, net = {}, tiny()
+    for phase in dass_phases(Fraction(1), (1, 1, 1), (1, 1, 1), (), Released(), True, initial="kaiming-normal"):
+        phase.prepare(net)
+        scores[phase.name] = bits(net)
+    unlike = moved(scores["pretrain"], scores["prune"])
+    assert unlike == {name for name in scores["prune"] if name.endswith("scores")} and same(scores["prune"], scores["finetune"])
+
+
+def test_first_scores_of_one_level():
+    options = dict(one_level=True, epochs=1, lrs=(0.025, 0.0), weight_decay=0.0, pretrain_epochs=None, prune_epochs=None, finetune_epochs=None)
+    lot, again, other, scaled = (dass(**options, **more).masks for more in (dict(initial="kaiming-normal"), dict(initial="kaiming-normal"), dict(initial="kaiming-normal", seed=1), {}))
+    assert lot == again != other and lot != scaled and lot.counts() == scaled.counts()
+
+
+def test_another_first_score_is_another_run(tmp_path):
+    dass(checkpoint=tmp_path / "run", **EACH)
+    with pytest.raises(CheckpointError, match="belongs to another run: initial was"): dass(checkpoint=tmp_path / "run", initial="kaiming-normal", **EACH)
+
+
+@pytest.mark.parametrize("initial, error, text", [("largest", UnknownName, "unknown initial score 'largest'"), ("snip", ParameterError, "score 'snip' needs data"),
+                                                  ("zeros", ParameterError, "a score of zero never moves"), (torch.ones, ParameterError, "initial is the name of first scores")])
+def test_unfit_first_scores_are_refused_before_the_first_step(initial, error, text):
+    steps = []
+    with pytest.raises(error, match=text): dass(initial=initial, callbacks=(Watch(steps.append),))
+    assert not steps
+
+
+def test_compat_of_a_dense_search_leaves_scores_out():
+    "It was refused in the first step before, for want of scores."
+    sizes = dict(channels=4, layers=3, nodes=1, space="s3", pretrain_epochs=1, finetune_epochs=1, order="second", **BATCH)
+    rest = {name: name not in ("scores_unrolled", "float_counts") for name in Released.__dataclass_fields__}
+    one, two = (sd.search("dass", DATA, layer_type="dense", compat=compat, **sizes) for compat in (True, Released(**rest)))
+    assert one.masks is None and same(bits(one.model), bits(two.model))
+
+
+@pytest.mark.parametrize("options, text", [
+    (dict(layer_type="dense", prune_epochs=0), "prune_epochs: a dense"),
+    (dict(layer_type="dense", compat=Released(scores_unrolled=True)), "compat with scores_unrolled: a dense"),
+    (dict(layer_type="dense", compat=Released(float_counts=True)), "compat with float_counts: a dense"),
+    (dict(layer_type="dense", keep=0.1, initial="scaled"), "keep, initial: a dense.*leave that out, or search with layer_type='sparse'"),
+    (dict(layer_type="dense", keep=0.1), "keep: a dense supernet keeps all its weights"), (dict(layer_type="dense", sparsity=0.9), "sparsity: a dense"),
+    (dict(layer_type="dense", prune_epochs=1), "prune_epochs: a dense"), (dict(layer_type="dense", initial="scaled"), "initial: a dense"),
+    (dict(layer_type="dense", arch_phases=("prune",)), "arch_phases with 'prune': a dense"), (dict(net="dense", keep=0.1), "keep: a dense"),
+    (dict(net="dense", prune_epochs=0), "prune_epochs: a dense"), (dict(net="sparse", space="darts"), "space would be"),
+    (dict(net="sparse", space="s1"), "space would be those of a new supernet"), (dict(net="sparse", layer_type="sparse"), "layer_type would be"),
+    (dict(net="sparse", channels=4), "channels would be")])
+def test_nothing_is_ignored(options, text):
+    if "net" in options: options = options | dict(net=tiny(layer_type=options["net"]))
+    with pytest.raises(ParameterError, match=text): sd.search("dass", DATA, **options)
 
 
 # ---- stopped and gone on ---------------------------------------------------------------------------------------------------------
@@ -491,7 +561,7 @@ def test_auxiliary_head_and_drop_path():
     assert probabilities[:2 * steps] == [0.0] * steps + [0.1] * steps and set(probabilities[2 * steps:]) == {0.0}
     assert any(name.startswith("auxiliary_head") for name in result.masks), "the head is pruned"
     row = found_row(result.model, (3, 32, 32)).iloc[0]
-    assert row.params == derived_size(sd.genotype("DASS"), 2, 3, classes=2) and row.kept_weights == sum(n for name, n in result.masks.counts().items() if "auxiliary" not in name)
+    assert row.params == derived_size(sd.genotype("DASS"), 2, 3, classes=2) and row.kept_weights == sum(n for name, n in result.masks.counts().items() if "auxiliary" not in name) == kept_weights(result.masks) < result.masks.kept
     assert result.history.train_loss.iloc[0] > 1.2 * math.log(2), "the sum with 0.4 of the head's loss"
 
 
@@ -499,6 +569,10 @@ def test_released_found_settings():
     seen = []
     found(compat=True, callbacks=(Watch(lambda run: seen.append(run.model.drop_path_prob)),))
     assert max(seen) == 0.2 * 1 / 600, "as if 600 epochs were to come"
+    for options, decay in ((dict(compat=True), 4e-4), (dict(compat=False), 3e-4), (dict(compat=True, weight_decay=1e-3), 1e-3)):
+        decays = set()
+        found(phase="pretrain", pretrain_epochs=1, callbacks=(Watch(lambda run: decays.update(group["weight_decay"] for group in run.optimizer.param_groups)),), **options)
+        assert decays - {0.0} == {decay}, options
     wide = found(classes=1000, phase="pretrain", pretrain_epochs=1)
     assert wide.model.classifier.out_features == 1000 and derived_size(sd.genotype("DASS"), *SIZES["small"], classes=1000) == 2_285_020
 

@@ -154,7 +154,7 @@ def test_kill_9_and_rerun(tmp_path):
 
 def test_ctrl_c_stops_everything_and_the_same_command_continues(tmp_path):
     write_notebook(tmp_path, "toy", TRIALS, CLAIMS)
-    driver = start_driver(tmp_path, "toy", "-p", "pause=0.5")
+    driver = start_driver(tmp_path, "toy", "-p", "pause=3")
     assert wait_for(lambda: len(finished_trials(tmp_path)) >= 1)
     family = children(driver.pid)
     driver.send_signal(signal.SIGINT)

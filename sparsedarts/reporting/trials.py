@@ -25,7 +25,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..core import DataError, ParameterError, RunError, check_choice, check_number, restore_rng, rng_state, seed_everything
+from ..data.loading import Data
 from ..files import Progress, plain, read_json, write_json
+from ..training.checkpoints import data_signature
 
 # %% ../../nbs/08_reporting/trials.ipynb #f139fe21
 def _text_of(
@@ -62,6 +64,7 @@ def code_parts(
     for name in sorted(set().union(*map(_names_in, codes)) | (set(inspect.getclosurevars(fn).nonlocals) if space else set())):
         value = space.get(name)
         if isinstance(value, (bool, int, float, str, tuple, list, dict)): seen.setdefault(f"{name} =", repr(value))
+        elif isinstance(value, Data): seen.setdefault(f"{name} =", f"{data_signature(value)}, {len(value.valid)} and {len(value.test)} more")
         elif isinstance(value, (types.FunctionType, type)) and value.__module__ == fn.__module__ and value.__qualname__ not in seen:
             code_parts(value, seen)
     return seen
@@ -142,7 +145,8 @@ def perform(
         text = f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError): write_json(failed, record | dict(error=text, traceback=traceback.format_exc()))
         return text
-    for leftover in (checkpoint, failed): leftover.unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True) if checkpoint.is_dir() else checkpoint.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
 
 # %% ../../nbs/08_reporting/trials.ipynb #d8a04521
 def duration(

@@ -41,7 +41,7 @@ class Search:
         s = self.settings
         check_supernet(supernet)
         self.device = get_device(s.device)
-        self.format = memory_format(s.channels_last, self.device, "float32")
+        self.format = memory_format(s.channels_last, self.device, "float32", supernet)
         self.loss, self.rule, self.heard = s.loss or cross_entropy(), stopping_rule(s.stop), audience(s.callbacks)
         self.parts = search_parts(data, s.train_portion)
         supernet.to(self.device, memory_format=self.format)

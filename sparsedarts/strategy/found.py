@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'STAGES', 'METHODS', 'network_size', 'save_stage', 'load_stage', 'Origin', 'found_options', 'merged',
-           'train_found', 'begin_from', 'found_row', 'least_magnitude']
+           'train_found', 'begin_from', 'in_use', 'kept_weights', 'found_row', 'least_magnitude']
 
 # %% ../../nbs/07_strategy/found.ipynb #289b535c
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -95,14 +95,14 @@ def found_options(
     auxiliary: bool,      # whether a second classifier helps
     auxiliary_weight: float,  # of its loss
     drop_path: float,     # largest probability
-    compat: bool,         # drop path grows as if there were 600 epochs
+    compat: bool,         # weight decay 4e-4, not 3e-4; drop path that grows as if there were 600 epochs
     options: dict,        # of a user
 ) -> dict:                # of `hydra`
     "What the recipe asks of `hydra`."
     more, callbacks = dict(compat=compat), (DropPath(drop_path, 600 if compat else None),) if drop_path else ()
     if auxiliary and "loss" not in options: more["loss"] = functools.partial(auxiliary_loss, weight=auxiliary_weight)
     more |= METHODS[check_choice(method, tuple(METHODS), "method")] | dict(callbacks=(*callbacks, *options.get("callbacks", ())))
-    return dict(batch_size=128, weight_decay=3e-4, clip=5.0) | options | more
+    return dict(batch_size=128, weight_decay=4e-4 if compat else 3e-4, clip=5.0) | options | more
 
 def merged(
     results: Sequence,  # of `RecipeResult`, phases of one network
@@ -137,7 +137,7 @@ def train_found(
     stem: str = "cifar",                 # "cifar" or "imagenet"
     classes: int | None = None,          # outputs; None: those of the data
     seed: int = 0,                       # of weights, scores, batches and drop path
-    compat: bool = False,                # True: as the released code does it
+    compat: bool = False,                # True: as the released code does it, with weight decay 4e-4 instead of 3e-4
     **options,                           # of `hydra`, hence of `train`: batch_size, weight_decay, momentum, allocation, exclude ...
 ) -> RecipeResult:                       # of the phases that were run; `.model` is the network
     "Pretrain, prune and fine-tune the network of a cell (Mousavi et al. 2023, with HYDRA)."
@@ -178,6 +178,19 @@ def begin_from(
         raise ParameterError(f"phase={phase!r} begins with {before}, which the phase before leaves in its folder; give the file as source")
     load_stage(Path(folder) / before if source is None else source, model, phase, about)
 
+# %% ../../nbs/07_strategy/found.ipynb #a95d07ce
+def in_use(
+    name: str,  # of a layer or weight
+) -> bool:
+    "Whether it is part of the network that is used, not of the auxiliary head."
+    return not name.startswith("auxiliary_head")
+
+def kept_weights(
+    masks: Mapping,  # weight name -> 0/1 tensor, of a found network
+) -> int:            # weights that are left
+    "Kept weights without those of the auxiliary head."
+    return sum(int(mask.count_nonzero()) for name, mask in masks.items() if in_use(name))
+
 # %% ../../nbs/07_strategy/found.ipynb #b00b1751
 def found_row(
     model: nn.Module,       # a derived network, plain or with masked layers; left as it was
@@ -188,11 +201,11 @@ def found_row(
     "Parameters, kept weights, multiply-accumulates and latency of a found network."
     import pandas as pd
     table = cost(model, shape).table()
-    table = table[~table.layer.str.startswith("auxiliary_head")]
+    table = table[table.layer.map(in_use)]
     layers = table[table.macs > 0]
-    masks = {name: layer.mask for name, layer in masked_layers(model).items() if not name.startswith("auxiliary_head")}
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith("auxiliary_head"))
-    removed = sum(int((mask == 0).sum()) for mask in masks.values())
+    masks = {name: layer.mask for name, layer in masked_layers(model).items()}
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and in_use(name))
+    removed = sum(mask.numel() for name, mask in masks.items() if in_use(name)) - kept_weights(masks)
     params = int(table.params.sum())
     norms = int(table[table.kind.str.contains("Norm")].params.sum())
     row = dict(params=params, kept=params - removed, weights=weights, kept_weights=weights - removed, layers=len(layers), norms=norms,

@@ -9,6 +9,7 @@ __all__ = ['strategies', 'SUPERNET_OPTIONS', 'find_strategy', 'seeded_supernet',
 import functools
 import importlib
 import importlib.util
+import inspect
 
 from ..core import ParameterError, Registry, check_number, derive_seed, restore_rng, rng_state, seed_everything
 from ..data.loading import load_data
@@ -49,16 +50,17 @@ SUPERNET_OPTIONS = ("channels", "layers", "nodes", "stem", "layer_type", "alpha_
 @strategies.register("darts")
 def darts_search(
     data,                             # from `load_data`
-    space: "str | Space" = "darts",   # what is on offer
+    space: "str | Space | None" = None,  # what is on offer; "darts"
     seed: int = 0,                    # of everything
     net: Supernet | None = None,      # a supernet to search, in place; None: a new one
     **options,                        # of the supernet (`SUPERNET_OPTIONS`) and of `SearchSettings`
 ) -> SearchResult:
     "DARTS (Liu et al. 2019): alphas by gradient, first or second order."
     sizes = {name: options.pop(name) for name in SUPERNET_OPTIONS if name in options}
-    if net is not None and sizes: raise ParameterError(f"{', '.join(sizes)} would be those of a new supernet, but net is given; leave them out")
+    given = ["space"] * (space is not None) + list(sizes)
+    if net is not None and given: raise ParameterError(f"{', '.join(given)} would be those of a new supernet, but net is given; leave them out")
     search_settings(options)  # refuses an unknown option before a supernet is built
-    if net is None: net = seeded_supernet(space, seed, classes=len(data.classes), in_channels=data.shape[0], **sizes)
+    if net is None: net = seeded_supernet(space or "darts", seed, classes=len(data.classes), in_channels=data.shape[0], **sizes)
     return Search(net, data, seed=seed, **options).run()
 
 @strategies.register("random")
@@ -82,7 +84,7 @@ def random_cells(
 def search(
     strategy: str = "darts",         # "darts", "random", or a paper's
     data=None,                       # from `load_data`, or the name of a set; None: digits
-    space: "str | Space" = "darts",  # what is on offer
+    space: "str | Space | None" = None,  # what is on offer; the strategy's own if None, "darts" in most
     seed: int = 0,                   # of supernet or candidates, batches and everything else
     **options,                       # of the strategy
 ) -> SearchResult:                   # .genotype, .history, .seconds
@@ -90,4 +92,6 @@ def search(
     run = find_strategy(strategy)
     check_number(seed, "seed", low=0, integer=True)
     if data is None or isinstance(data, str): data = load_data(data or "digits")
-    return run(data, space=space, seed=seed, **options)
+    wanted = inspect.signature(run).parameters.get("space")
+    if space is None and wanted is not None and wanted.default is wanted.empty: space = "darts"
+    return run(data, seed=seed, **({} if space is None else {"space": space}), **options)

@@ -77,7 +77,7 @@ class Run:
         self.model, self.data, self.options = model, data, options
         check_options(options)
         self.device = get_device(options.device)
-        self.format = memory_format(options.channels_last, self.device, options.precision)
+        self.format = memory_format(options.channels_last, self.device, options.precision, model)
         model.to(self.device, memory_format=self.format)
         self.batches = training_batches(data, options.batch_size, options.augment, options.seed, self.device)
         self.steps_per_epoch = self.batches.steps_per_epoch
