@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ONE_LEVEL', 'THREE_PHASES', 'SCORE_SWITCHES', 'Released', 'as_released', 'dass_lr', 'recursive_lr', 'with_alphas',
            'released_step', 'NoisyForward', 'ScoreStep', 'OneOptimizer', 'prepared', 'released_unroll', 'dass_phases',
-           'one_level_phase', 'dass_options', 'dass_lengths', 'refuse_scores', 'refuse_beside_net', 'first_scores',
-           'dass_search']
+           'one_level_phase', 'dass_options', 'dass_lengths', 'refuse_scores', 'first_scores', 'dass_search']
 
 # %% ../../nbs/07_strategy/dass.ipynb #a6940a0d
 import dataclasses
@@ -27,7 +26,7 @@ from ..space.ops import Space
 from .bilevel import Search, switched_on
 from .gradients import batch_loss, held_constant, trained_weights
 from .phases import PhasedResult, SearchPhase, search_in_phases
-from .search import SUPERNET_OPTIONS, seeded_supernet, strategies
+from .search import SUPERNET_OPTIONS, refuse_beside_net, seeded_supernet, strategies
 from .setup import SearchSettings, epoch_lr, search_settings, weight_optimizer
 from ..training.optim import cosine_lr
 
@@ -269,13 +268,6 @@ def refuse_scores(
     if named:
         raise ParameterError(f"{', '.join(named)}: a dense supernet keeps all its weights and has no scores to learn; "
                              "leave that out, or search with layer_type='sparse'")
-
-def refuse_beside_net(
-    given: dict,  # option -> value, None where it was not given
-) -> None:
-    "Refuse what a new supernet would have, where one is given."
-    named = [name for name, value in given.items() if value is not None]
-    if named: raise ParameterError(f"{', '.join(named)} would be those of a new supernet, but net is given; leave them out")
 
 # %% ../../nbs/07_strategy/dass.ipynb #d80b2e6c
 def first_scores(
