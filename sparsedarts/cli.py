@@ -14,9 +14,10 @@ from typing import Annotated
 
 import typer
 
-from .commands import cost, draw, evaluate, prune, search, train
+from .commands import cost, draw, prune
 from .core import ParameterError, SparseDartsError
 from .reporting.console import STATE, Json, Root, clone_at, columns, friendly, say
+from .training_commands import evaluate, search, train
 
 # %% ../nbs/08_reporting/cli.ipynb #23f1d719
 app = typer.Typer(name="sparsedarts", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -161,7 +161,7 @@ def environment() -> dict:  # plain values
     except DataError: revision = None
     return {"sparsedarts": version("sparsedarts"), "python": platform.python_version(), "git": revision,
             "packages": {name: version(name) for name in packages}, "system": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(), "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 
 # %% ../nbs/00_core/files.ipynb #684d5484

@@ -163,6 +163,7 @@ def curves(
     axes=None,                 # draw here instead of into a new figure
 ):                             # the matplotlib figure
     "A metric against x, one line per method, with intervals over seeds."
+    import numpy as np
     groups = summarise(table, [by, x], y, level)
     places, ticks, names = _positions(groups[x])
     few, methods, most = len(ticks) <= 8, list(dict.fromkeys(groups[by])), groups.n.max()
@@ -175,6 +176,7 @@ def curves(
         for name, value in (reference or {}).items():
             axes.axhline(value, color="0.35", linewidth=1, linestyle=(0, (1, 2)))
             axes.annotate(f"{name} {value:g}", (0.005, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8, color="0.25")
+        if reference: axes.set_ylim(top=max(axes.get_ylim()[1], max(reference.values()) + 0.07 * np.ptp(axes.get_ylim())))  # room for the highest name
         if few: axes.set_xticks(ticks, names)
         axes.set(xlabel=xlabel or x, ylabel=ylabel or y, title=title)
         axes.legend()

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparsedarts"
-ORDER = ["core", "data", "sparse", "pruning", "nets", "space", "training", "strategy", "reporting", "commands", "cli"]
+ORDER = ["core", "data", "sparse", "pruning", "nets", "space", "training", "strategy", "reporting", "commands", "training_commands", "cli"]
 RANK = {"files": 0, "vision": 0, "plots": 0} | {part: i for i, part in enumerate(ORDER)}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "_modidx.py"))
 

@@ -341,7 +341,7 @@ def reference(): return dass(**SECOND).model
 
 def test_compat_is_all_of_it():
     everything = dass(compat=True, **SECOND)
-    listed = dass(compat=Released(**{name: True for name in Released.__dataclass_fields__}), **SECOND)
+    listed = dass(compat=Released(**{name: name != "one_optimizer" for name in Released.__dataclass_fields__}), **SECOND)
     assert same(bits(everything.model), bits(listed.model)) and not same(bits(everything.model), bits(reference()))
 
 
@@ -434,7 +434,7 @@ def test_unfit_first_scores_are_refused_before_the_first_step(initial, error, te
 def test_compat_of_a_dense_search_leaves_scores_out():
     "It was refused in the first step before, for want of scores."
     sizes = dict(channels=4, layers=3, nodes=1, space="s3", pretrain_epochs=1, finetune_epochs=1, order="second", **BATCH)
-    rest = {name: name not in ("scores_unrolled", "float_counts") for name in Released.__dataclass_fields__}
+    rest = {name: name not in ("scores_unrolled", "float_counts", "one_optimizer") for name in Released.__dataclass_fields__}
     one, two = (sd.search("dass", DATA, layer_type="dense", compat=compat, **sizes) for compat in (True, Released(**rest)))
     assert one.masks is None and same(bits(one.model), bits(two.model))
 
@@ -443,6 +443,8 @@ def test_compat_of_a_dense_search_leaves_scores_out():
     (dict(layer_type="dense", prune_epochs=0), "prune_epochs: a dense"),
     (dict(layer_type="dense", compat=Released(scores_unrolled=True)), "compat with scores_unrolled: a dense"),
     (dict(layer_type="dense", compat=Released(float_counts=True)), "compat with float_counts: a dense"),
+    (dict(compat=Released(one_optimizer=True)), "compat with one_optimizer: only the one-level search has it; leave it out, or give compat=True"),
+    (dict(one_level=True, compat=Released(long_cosine=True)), "compat with long_cosine: a one-level search has one cosine"),
     (dict(layer_type="dense", keep=0.1, initial="scaled"), "keep, initial: a dense.*leave that out, or search with layer_type='sparse'"),
     (dict(layer_type="dense", keep=0.1), "keep: a dense supernet keeps all its weights"), (dict(layer_type="dense", sparsity=0.9), "sparsity: a dense"),
     (dict(layer_type="dense", prune_epochs=1), "prune_epochs: a dense"), (dict(layer_type="dense", initial="scaled"), "initial: a dense"),

@@ -369,7 +369,7 @@ def verdicts(
 # %% ../../nbs/08_reporting/claims.ipynb #eca946a6
 STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}
 .claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
-.claims td:first-child{min-width:13em}.claims td{min-width:8em}.claims small{color:#444}
+.claims td:first-child{min-width:13em}.claims td{min-width:6.5em}.claims small{color:#444}
 .claims .v{font-weight:600}.claims .v:not(.untested){white-space:nowrap}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}
 .claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}
 .claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
@@ -383,8 +383,8 @@ def claims_html(
     records: list[dict],  # judged claims
     note: str = "",       # set below the table
 ) -> str:                 # HTML
-    "Judged claims as a table: published beside ours, controls, verdict."
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("claim", "published", "ours, interval, seeds", "controls by the same rule", "verdict"))
+    "Judged claims as a table: verdict, published beside ours, controls."
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("claim", "verdict", "published", "ours, interval, seeds", "controls by the same rule"))
     body = "".join(f"<tr>{_claim_row(record)}</tr>" for record in records)
     below = f"<p><small>{html.escape(note)}</small></p>" if note else ""
     table = f"<table class='claims'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -397,6 +397,6 @@ def _claim_row(record):
     rule = f"<br><small>{html.escape(record['rule'])}</small>" if record["ours"]["mean"] is not None else ""
     controls = "<br>".join(f"{html.escape(c['name'])}: <span class='num'>{c['own']['text']}</span>" for c in record["controls"]) or "none"
     note = f"<br><small>{html.escape(record['note'])}</small>" if record["note"] else ""
-    return (f"<td>{html.escape(record['statement'])}{rule}</td><td data-label='published'>{html.escape(record['published']['text'])}{source}</td>"
-            f"<td class='num' data-label='ours'>{record['ours']['text']}</td><td data-label='controls'>{controls}</td>"
-            f"<td data-label='verdict'><span class='v {kind}'>{sign}{record['verdict']}</span>{note}</td>")
+    return (f"<td>{html.escape(record['statement'])}{rule}</td><td data-label='verdict'><span class='v {kind}'>{sign}{record['verdict']}</span>{note}</td>"
+            f"<td data-label='published'>{html.escape(record['published']['text'])}{source}</td>"
+            f"<td class='num' data-label='ours'>{record['ours']['text']}</td><td data-label='controls'>{controls}</td>")

@@ -37,7 +37,7 @@ def facts(
     return dict(paper=run.paper, preset=run.preset, status=run.status, error=run.error, started=run.started, sample=run.sample,
                 dataset=str(parameters.get("dataset") or parameters.get("data") or ""), seeds=len(parameters.get("seeds") or []),
                 seconds=results.get("seconds") or run.seconds, revision=commit[:10] + (" with changes" if changed else ""),
-                torch=(environment.get("packages") or {}).get("torch"), metrics=results.get("metrics") or {},
+                torch=(environment.get("packages") or {}).get("torch"), processor=environment.get("processor"), metrics=results.get("metrics") or {},
                 claims=list(claims), counts=claims.counts() if claims else {}, headline=(tested or list(claims) or [None])[0])
 
 # %% ../../nbs/08_reporting/pages.ipynb #02820a3f
@@ -47,7 +47,7 @@ def facts_html(
     "The line of small print."
     many = "s" if fact["seeds"] != 1 else ""
     parts = [f"preset {fact['preset']}", fact["dataset"] and f"data {fact['dataset']}", fact["seeds"] and f"{fact['seeds']} seed{many}",
-             fact["seconds"] and f"{duration(fact['seconds'])} of computing", fact["torch"] and f"torch {fact['torch']}",
+             fact["seconds"] and f"{duration(fact['seconds'])} of computing", fact["torch"] and f"torch {fact['torch']}" + (f" on {fact['processor']}" if fact["processor"] else ""),
              fact["revision"] and f"commit {fact['revision']}", fact["started"][:16].replace("T", " ")]
     return '<p class="facts">' + " ".join(f"<span>{html.escape(str(part))}</span>" for part in parts if part) + "</p>"
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_LEVEL', 'THREE_PHASES', 'SCORE_SWITCHES', 'Released', 'as_released', 'dass_lr', 'recursive_lr', 'with_alphas',
            'released_step', 'NoisyForward', 'ScoreStep', 'OneOptimizer', 'prepared', 'released_unroll', 'dass_phases',
-           'one_level_phase', 'dass_options', 'dass_lengths', 'refuse_scores', 'first_scores', 'dass_search']
+           'one_level_phase', 'dass_options', 'dass_lengths', 'refuse_scores', 'refuse_switches', 'first_scores',
+           'dass_search']
 
 # %% ../../nbs/07_strategy/dass.ipynb #a6940a0d
 import dataclasses
@@ -269,6 +270,15 @@ def refuse_scores(
         raise ParameterError(f"{', '.join(named)}: a dense supernet keeps all its weights and has no scores to learn; "
                              "leave that out, or search with layer_type='sparse'")
 
+# %% ../../nbs/07_strategy/dass.ipynb #ce9349f1
+def refuse_switches(
+    compat: "bool | Released",  # as given
+    one_level: bool,
+) -> None:
+    "Refuse a named switch of `Released` that only the other form of the search has."
+    other, why = ("long_cosine", "a one-level search has one cosine") if one_level else ("one_optimizer", "only the one-level search has it")
+    if isinstance(compat, Released) and getattr(compat, other): raise ParameterError(f"compat with {other}: {why}; leave it out, or give compat=True for all switches that apply")
+
 # %% ../../nbs/07_strategy/dass.ipynb #d80b2e6c
 def first_scores(
     net: Supernet,         # with scored layers, if a name is given
@@ -306,6 +316,7 @@ def dass_search(
 ) -> PhasedResult:
     "DASS (Mousavi et al. 2023): search among networks that are pruned."
     share, released = kept_share(Fraction(1, 10) if keep is None and sparsity is None else keep, sparsity), as_released(compat)
+    refuse_switches(compat, one_level)
     lengths, rates, arch_phases = dass_lengths(one_level, epochs, (pretrain_epochs, prune_epochs, finetune_epochs), lrs, arch_phases)
     sizes = {name: options.pop(name) for name in SUPERNET_OPTIONS if name in options}
     if net is not None: refuse_beside_net(dict(space=space, layer_type=layer_type) | sizes)
