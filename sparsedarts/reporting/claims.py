@@ -368,8 +368,8 @@ def verdicts(
 
 # %% ../../nbs/08_reporting/claims.ipynb #eca946a6
 STYLE = """<style>.claims{border-collapse:collapse;font-size:.92em}
-.claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .7em;border-bottom:1px solid #ccc;background:none}
-.claims td:first-child{min-width:13em}.claims td{min-width:6.5em}.claims small{color:#444}
+.claims th,.claims td{text-align:left;vertical-align:top;padding:.4em .5em;border-bottom:1px solid #ccc;background:none}
+.claims td:first-child{min-width:11em}.claims td{min-width:6em}.claims small{color:#444}
 .claims .v{font-weight:600}.claims .v:not(.untested){white-space:nowrap}.claims .num{white-space:nowrap;font-variant-numeric:tabular-nums}
 .claims .holds{color:#00654a}.claims .contradicted{color:#9c2f00}.claims .inconclusive{color:#4a4a4a}
 .claims .untested{color:#4a4a4a;font-weight:400;font-style:italic}
