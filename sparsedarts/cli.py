@@ -191,7 +191,7 @@ def status(as_json: Json = False, root: Root = None) -> None:
 def report(
     readme: Annotated[Path | None, typer.Option(help="Fill the results table of this file from the committed samples.", show_default=False)] = None,
     check: Annotated[bool, typer.Option("--check", help="With --readme: change nothing, exit 1 if the table is not current.")] = False,
-    keep: Annotated[str, typer.Option(help="Make a sample to commit of this run: a folder's name, see `sparsedarts status`.",
+    keep: Annotated[str, typer.Option(help="Make a sample to commit of this run: its folder or the folder's name, see `sparsedarts status`.",
                                       show_default=False)] = "",
     as_json: Json = False, root: Root = None,
 ) -> None:
@@ -214,6 +214,6 @@ def report(
         say(dict(readme=readme, current=current), as_json, f"{readme}: the results table {text}")
         if check and not current: raise typer.Exit(1)
         return
-    sample = keep_sample(base / "reports" / "runs" / keep, base) if keep else None
+    sample = keep_sample(base / "reports" / "runs" / Path(keep).name, base) if keep else None
     index = write_report(base)
     say(dict(report=index, sample=sample), as_json, (f"sample: {sample}\n" if sample else "") + f"report: {index}")

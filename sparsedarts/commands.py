@@ -105,6 +105,7 @@ def cost(
     width: Annotated[float, typer.Option(help="Factor on the channels of resnet and vgg.")] = 1,
     channels: Annotated[int | None, typer.Option(help="C of a network of cells, 36 if not given.", show_default=False)] = None,
     cells: Annotated[int | None, typer.Option(help="Its cells, 20 if not given.", show_default=False)] = None,
+    size: Annotated[str, typer.Option(help="tiny, small, medium or large, in place of C and cells: the sizes of DASS.", show_default=False)] = "",
     auxiliary: Annotated[bool, typer.Option("--auxiliary", help="Count its auxiliary head too.")] = False,
     stem: Stem = "",
     shape: Annotated[str, typer.Option(help="Image: channels,height,width.")] = "3,32,32",
@@ -123,13 +124,15 @@ def cost(
       sparsedarts cost resnet --depth 32 --classes 100
       sparsedarts cost vgg --depth 19 --sparsity 0.98 --allocation erk --layers
       sparsedarts cost DARTS_V2 --channels 36 --cells 20
+      sparsedarts cost DARTS_prune_three_for --size small
     """
     import sparsedarts as sd
-    size = read_shape(shape)
+    image = read_shape(shape)
+    channels, cells = network_sizes(network, size, channels, cells)
     seed_everything(0)
-    model = build_network(network, size[0], classes, depth, width, shortcut, channels, cells, auxiliary, stem)
+    model = build_network(network, image[0], classes, depth, width, shortcut, channels, cells, auxiliary, stem)
     if sparsity: sd.prune(model, sparsity, allocation=allocation)
-    counted = sd.cost(model, size)
+    counted = sd.cost(model, image)
     table = counted.table()
     record = {name: getattr(counted, name) for name in ("params", "kept", "density", "macs", "kept_macs")} | dict(layers=table.to_dict("records"))
     say(record, as_json, repr(counted) + ("\n\n" + table.to_string(index=False) if layers else ""))

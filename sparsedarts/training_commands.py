@@ -38,9 +38,9 @@ def claim_folder(
     folder: Path,     # made if need be
     settings: dict,   # plain values: what decides the result
 ) -> None:
-    "Refuse a folder that holds another run."
+    "Refuse a folder that holds another run; one that only says what was asked for holds none."
     note = folder / "settings.json"
-    if note.exists() and (before := json.loads(note.read_text())) != json.loads(json.dumps(settings)):
+    if note.exists() and len(list(folder.iterdir())) > 1 and (before := json.loads(note.read_text())) != json.loads(json.dumps(settings)):
         other = sorted(name for name in {*before, *settings} if before.get(name) != json.loads(json.dumps(settings.get(name))))
         raise ParameterError(f"{folder} holds a run with other settings ({', '.join(other)}); give --out another folder, or the same settings to go on")
     write_json(note, settings)
