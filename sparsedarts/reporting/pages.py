@@ -46,8 +46,9 @@ def facts_html(
 ) -> str:         # HTML
     "The line of small print."
     many = "s" if fact["seeds"] != 1 else ""
+    torch = fact["torch"] and f"torch {fact['torch']}" + (f" on {fact['processor']}" if fact["processor"] else "")
     parts = [f"preset {fact['preset']}", fact["dataset"] and f"data {fact['dataset']}", fact["seeds"] and f"{fact['seeds']} seed{many}",
-             fact["seconds"] and f"{duration(fact['seconds'])} of computing", fact["torch"] and f"torch {fact['torch']}" + (f" on {fact['processor']}" if fact["processor"] else ""),
+             fact["seconds"] and f"{duration(fact['seconds'])} of computing", torch,
              fact["revision"] and f"commit {fact['revision']}", fact["started"][:16].replace("T", " ")]
     return '<p class="facts">' + " ".join(f"<span>{html.escape(str(part))}</span>" for part in parts if part) + "</p>"
 

@@ -277,7 +277,8 @@ def refuse_switches(
 ) -> None:
     "Refuse a named switch of `Released` that only the other form of the search has."
     other, why = ("long_cosine", "a one-level search has one cosine") if one_level else ("one_optimizer", "only the one-level search has it")
-    if isinstance(compat, Released) and getattr(compat, other): raise ParameterError(f"compat with {other}: {why}; leave it out, or give compat=True for all switches that apply")
+    if isinstance(compat, Released) and getattr(compat, other):
+        raise ParameterError(f"compat with {other}: {why}; leave it out, or give compat=True for all switches that apply")
 
 # %% ../../nbs/07_strategy/dass.ipynb #d80b2e6c
 def first_scores(
