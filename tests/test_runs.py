@@ -72,7 +72,8 @@ def cmdline(pid):
 
 def start_driver(root, *words, workers="2"):
     return subprocess.Popen([sys.executable, "-m", "sparsedarts", "reproduce", *words, "--workers", workers, "--root", str(root), "--no-report"],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job has it ignored
 
 
 def started(root): return [line.rsplit(" ", 1)[0] for log in root.glob("reports/runs/*/trials/started.log") for line in log.read_text().splitlines()]
