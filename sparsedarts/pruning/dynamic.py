@@ -24,7 +24,8 @@ from .pruners import check_feasible, check_whole, stream
 from .schedules import Schedule, make_schedule
 from .scores import random, score_layers
 from .selection import top_masks
-from ..sparse.layers import hold, weight_names
+from ..sparse.holding import hold
+from ..sparse.layers import weight_names
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e

@@ -20,7 +20,7 @@ from .granularity import Granularity
 from .oneshot import Criterion, check_most, prunable_layers, shapes_of
 from .released import Released
 from .schedules import Schedule, begins, make_schedule, peak
-from ..sparse.layers import hold
+from ..sparse.holding import hold
 from ..sparse.masks import Masks
 from ..sparse.packed import pack_bits, unpack_bits
 

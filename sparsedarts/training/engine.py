@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..core import (CheckpointError, NumericalError, ParameterError, check_choice, check_number, derive_seed, get_device, restore_rng, rng_state,
                               seed_everything)
-from ..sparse.layers import hold, masked_layers, masks_of
+from ..sparse.holding import hold
+from ..sparse.layers import masked_layers, masks_of
 from .checkpoints import (Checkpoint, data_signature, load_mask_state, mask_state, pack, signature,
                                               unpack)
 from .metrics import Meter, Reporter, check_logits, evaluate, first_output, format_kept, memory_format, modes_kept
