@@ -6,7 +6,7 @@
 __all__ = ['SparseDartsError', 'ParameterError', 'UnknownName', 'DataError', 'MaskError', 'ShapeError', 'CheckpointError',
            'NumericalError', 'CollapseError', 'StorageError', 'RunError', 'expect_error', 'stays', 'Registry',
            'unknown_name', 'check_choice', 'check_number', 'check_sparsity', 'count_removed', 'count_kept',
-           'derive_seed', 'seed_everything', 'rng_state', 'restore_rng', 'get_device']
+           'derive_seed', 'seed_everything', 'rng_state', 'restore_rng', 'get_device', 'average_over_processes']
 
 # %% ../nbs/00_core/core.ipynb #f3f74ae0
 import difflib
@@ -227,3 +227,14 @@ def get_device(
     there = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(device.type, 1)
     if (device.index or 0) < there: return device
     raise ParameterError(f"device {str(name)!r} is not available here (CUDA devices: {torch.cuda.device_count()}); use 'auto' or 'cpu'")
+
+# %% ../nbs/00_core/core.ipynb #c1928a7b
+def average_over_processes(
+    tensors,   # iterable of floating-point tensors; changed in place; the same shapes in the same order in every process
+) -> None:
+    "Replace tensors by their mean over all processes of a running `torch.distributed` training."
+    group = torch.distributed
+    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1): return
+    for tensor in tensors:
+        group.all_reduce(tensor)
+        tensor /= group.get_world_size()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'is_chosen', 'chosen_layers', 'unwrapped', 'check_convertible', 'sparsify', 'weight_names', 'masked_layers',
-           'awake_weights', 'check_held', 'zero_removed', 'masks_of', 'apply_masks', 'densify', 'dense_gradients']
+           'awake_weights', 'check_held', 'zero_removed', 'masks_of', 'apply_masks', 'put_masks', 'densify',
+           'dense_gradients']
 
 # %% ../../nbs/02_sparse/layers.ipynb #f2bf981e
 import contextlib
@@ -215,6 +216,15 @@ def _set_mask(layer, mask, mode):
     if mode == "soft": layer.mode = mode
     layer.set_mask(mask)
     if mode == "hard": layer.mode = mode
+
+# %% ../../nbs/02_sparse/layers.ipynb #1472d2e6
+def put_masks(
+    model: nn.Module,             # with masked layers
+    masks: Mapping[str, Tensor],  # name of the weight -> 0 and 1; other layers stay as they are
+) -> None:
+    "Set the masks of masked layers, of every layer that shares the weight."
+    for name, layer in weight_names(model):
+        if name in masks: layer.set_mask(masks[name])
 
 # %% ../../nbs/02_sparse/layers.ipynb #5200cfea
 def densify(
