@@ -23,7 +23,8 @@ from .granularity import Granularity, as_granularity
 from . import filters, saliency, sensitivity  # add their scores to the registry
 from .scores import as_score, score_layers
 from .selection import order_keys
-from ..sparse.layers import MASKED, apply_masks, densify, is_chosen, masked_layers, sparsify, unwrapped, weight_names
+from ..sparse.holding import as_optimizers, check_owned, hold
+from ..sparse.layers import MASKED, apply_masks, check_held, densify, is_chosen, masked_layers, sparsify, unwrapped, weight_names
 from ..sparse.masks import Masks
 from ..sparse.modules import MaskedLayer
 
@@ -339,8 +340,11 @@ def prune(
     seed: int = 0,                              # of random scores
     keep: str = "exponential",                  # how the kept count falls over the rounds; or "linear"
     revive: bool = False,                       # every round chooses among all weights again (FORCE); hard-masked ones never return
+    optimizer=None,                             # of a training that goes on with hard masks, or several: made to forget what is removed
 ) -> Masks:                                     # the masks of the prunable layers
     "Remove an exact share of a network's weights."
+    optimizers = None if optimizer is None else as_optimizers(optimizer, "prune")
+    check_held(model, "pruning")
     sparsities, criterion = round_sparsities(sparsity, steps, keep), Criterion(score, allocation, granularity, data)
     check_choice(mode, ("soft", "hard"), "mode")
     if revive and steps == 1: raise ParameterError("revive=True lets weights return in a later round, and steps is 1; use steps of at least 2")
@@ -349,5 +353,8 @@ def prune(
         layers, pool = start_masks(model, criterion, sparsities[-1], exclude, mode, revive)
         masks = run_rounds(model, layers, criterion, sparsities, pool, "soft" if revive else mode, generator, revive)
         if revive: apply_masks(model, masks, mode)
+        if optimizers and mode == "hard":
+            check_owned(layers, optimizers, frozen=True)
+            hold(model, optimizers)
     warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
     return masks

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ParameterError, ShapeError, SparseDartsError, check_number, check_sparsity
-from .layers import apply_masks, densify, masks_of, sparsify, unwrapped
+from .layers import apply_masks, check_held, densify, masks_of, sparsify, unwrapped
 from .masks import Masks
 from .modules import MaskedLayer, MaskedLinear
 
@@ -61,6 +61,7 @@ def to_csr(
     above=0.8,          # smallest sparsity of a linear layer worth exchanging, in [0, 1)
 ) -> nn.Module:         # a copy in evaluation mode, for inference on the CPU
     "Exchange sparse linear layers for `CSRLinear`; the other masked layers become plain ones with zeros."
+    check_held(model, "exchanging layers")
     least, network = check_sparsity(above, "above"), copy.deepcopy(unwrapped(model)).eval()
     inside = {id(layer) for module in network.modules() if isinstance(module, nn.TransformerEncoderLayer) for layer in module.modules()}
     shared, found = {}, {}
@@ -100,6 +101,7 @@ def to_semi_structured(
     model: nn.Module,   # with masked layers, in half precision on CUDA; not changed
 ) -> nn.Module:         # a copy in evaluation mode, for inference
     "Exchange 2:4-masked linear layers for PyTorch's semi-structured ones; the other masked layers become plain."
+    check_held(model, "exchanging layers")
     network = copy.deepcopy(unwrapped(model)).eval()
     obstacles = {name: semi_structured_obstacle(layer) for name, layer in network.named_modules() if isinstance(layer, MaskedLinear)}
     chosen = [network.get_submodule(name) for name, obstacle in obstacles.items() if not obstacle]
