@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from ..core import CheckpointError, ParameterError, Registry, check_number, check_sparsity
 from .allocation import Allocation, as_allocation, round_counts, select, warn_if_emptied
 from ..sparse.packed import pack_bits, unpack_bits
-from .oneshot import Criterion, prunable_layers, shapes_of
+from .oneshot import Criterion, layers_masked_now, prunable_layers, shapes_of
 from .pruners import check_feasible, check_whole, stream
 from .schedules import Schedule, make_schedule
 from .scores import random, score_layers
 from .selection import top_masks
-from ..sparse.layers import hold, weight_names
+from ..sparse.kinds import outside_inference
+from ..sparse.layers import hold, warn_if_dense, weight_names
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e
@@ -143,6 +144,7 @@ def check_owned(
 # %% ../../nbs/03_pruning/dynamic.ipynb #f77ce355
 class DynamicPruner:
     "Moves the weights of a sparse network while it trains; call `step` after every step of the optimiser."
+    @outside_inference
     def __init__(self,
         model: nn.Module,                          # changed in place; made of hard masked layers if it is not yet
         optimizer: torch.optim.Optimizer,          # of its parameters
@@ -167,8 +169,9 @@ class DynamicPruner:
         self.criterion, self.grow, self.decay = Criterion(drop, allocation, data=data), as_growth(grow), decay if callable(decay) else decays[decay]
         self.initial = first_sparsity(self.schedule.target, self.ramps, initial)
         check_moves(self.schedule, allocation, fraction, accumulate)
-        check_whole(prunable_layers(model, exclude))
+        check_whole(layers_masked_now(model, exclude))
         self.layers = prunable_layers(model, exclude, "hard")
+        warn_if_dense(model, exclude, stacklevel=4)
         check_owned(self.layers, optimizer)
         for level in (self.initial, self.schedule.target): check_feasible(self.criterion, self.layers, level)
         self.model, self.optimizer, self.fraction, self.accumulate = model, optimizer, fraction, accumulate
