@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from .core import DataError, ParameterError, check_choice, seed_everything, unknown_name
-from .reporting.console import Json, friendly, say
+from .reporting.console import Json, say
 
 # %% ../nbs/08_reporting/commands.ipynb #d5e41b33
 def read_genotype(
@@ -97,7 +97,6 @@ def read_shape(
     if len(shape) != 3 or min(shape) < 1: raise ParameterError(f"--shape is channels,height,width as in 3,32,32, got {text!r}")
     return shape
 
-@friendly
 def cost(
     network: Annotated[str, NETWORK],
     depth: Annotated[int | None, typer.Option(help="Layers of resnet (32 if not given) and vgg (19).", show_default=False)] = None,
@@ -138,7 +137,6 @@ def cost(
     say(record, as_json, repr(counted) + ("\n\n" + table.to_string(index=False) if layers else ""))
 
 # %% ../nbs/08_reporting/commands.ipynb #95f54a30
-@friendly
 def draw(
     cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes: .svg or .png.")] = Path("cell.svg"),
@@ -171,7 +169,6 @@ def read_weights(
         return state.get("state_dict", state)
     except Exception as error: raise DataError(f"{path} is no state dictionary of tensors ({str(error).splitlines()[0]}); save one with torch.save(model.state_dict(), ...)") from None
 
-@friendly
 def prune(
     network: Annotated[str, NETWORK],
     sparsity: Annotated[str, typer.Option(help="Share of weights removed, as 0.98.")],

@@ -17,7 +17,7 @@ import typer
 from .commands import NETWORK, Stem, build_network, check_stem, network_sizes, read_genotype, read_weights
 from .core import DataError, ParameterError, check_choice, get_device, seed_everything
 from .files import atomic_write, write_json
-from .reporting.console import Json, friendly, say
+from .reporting.console import Json, say
 
 # %% ../nbs/08_reporting/training_commands.ipynb #1085f9a9
 def read_options(
@@ -46,7 +46,6 @@ def claim_folder(
     write_json(note, settings)
 
 # %% ../nbs/08_reporting/training_commands.ipynb #061b5015
-@friendly
 def search(
     strategy: Annotated[str, typer.Argument(help="darts, random, dass ...")],
     data: Annotated[str, typer.Option(help="Data set.")] = "digits",
@@ -115,7 +114,6 @@ def train_in_phases(cell, data, size, keep, phase, source, epochs, out, save_den
     return result, dict(phases=result.metrics) | counts | (dict(auxiliary_kept=sum(head)) if head else {})
 
 # %% ../nbs/08_reporting/training_commands.ipynb #9ad705d2
-@friendly
 def train(
     network: Annotated[str, NETWORK],
     data: Annotated[str, typer.Option(help="Data set.")] = "digits",
@@ -238,7 +236,6 @@ def network_counts(
     return {name: int(row[name]) for name in COUNTS} | dict(norm_share=float(row.norm_share))
 
 # %% ../nbs/08_reporting/training_commands.ipynb #e5a1c0d3
-@friendly
 def evaluate(
     network: Annotated[str, NETWORK],
     weights: Annotated[Path, typer.Option(help="State dictionary (.pt, .safetensors), or what a phase of `train` left.", show_default=False)],

@@ -23,8 +23,10 @@ from .granularity import Granularity, as_granularity
 from . import filters, saliency, sensitivity  # add their scores to the registry
 from .scores import as_score, score_layers
 from .selection import order_keys
+from ..sparse.holding import as_optimizers, check_owned, hold
 from ..sparse.kinds import as_stored, by_unit, maskable_weights, outside_inference, unit_shape
-from ..sparse.layers import apply_masks, convert_layers, is_chosen, make_plain, masked_layers, unwrapped, warn_if_dense, weight_names
+from ..sparse.layers import (apply_masks, check_held, convert_layers, is_chosen, make_plain, masked_layers, unwrapped,
+                                       warn_if_dense, weight_names)
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #62b87811
@@ -346,8 +348,11 @@ def prune(
     seed: int = 0,                              # of random scores
     keep: str = "exponential",                  # how the kept count falls over the rounds; or "linear"
     revive: bool = False,                       # every round chooses among all weights again (FORCE); hard-masked ones never return
+    optimizer=None,                             # of a training that goes on with hard masks, or several: made to forget what is removed
 ) -> Masks:                                     # the masks of the prunable layers
     "Remove an exact share of a network's weights."
+    optimizers = None if optimizer is None else as_optimizers(optimizer, "prune")
+    check_held(model, "pruning")
     sparsities, criterion = round_sparsities(sparsity, steps, keep), Criterion(score, allocation, granularity, data)
     check_choice(mode, ("soft", "hard"), "mode")
     if revive and steps == 1: raise ParameterError("revive=True lets weights return in a later round, and steps is 1; use steps of at least 2")
@@ -356,6 +361,9 @@ def prune(
         layers, pool = start_masks(model, criterion, sparsities[-1], exclude, mode, revive)
         masks = run_rounds(model, layers, criterion, sparsities, pool, "soft" if revive else mode, generator, revive)
         if revive: apply_masks(model, masks, mode)
+        if optimizers and mode == "hard":
+            check_owned(layers, optimizers, frozen=True)
+            hold(model, optimizers)
     warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
     warn_if_dense(model, exclude, stacklevel=4)
     return masks

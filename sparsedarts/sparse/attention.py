@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'READERS', 'Projection', 'mask_name', 'MaskedMultiheadAttention', 'attend', 'mask_owners', 'weight_owners',
-           'has_soft', 'MaskedEncoderLayer', 'MaskedEncoder', 'settle_readers']
+           'home_of', 'bias_of', 'has_soft', 'MaskedEncoderLayer', 'MaskedEncoder', 'settle_readers']
 
 # %% ../../nbs/02_sparse/attention.ipynb #9964d1ba
 import torch
@@ -42,6 +42,11 @@ class Projection(MaskedWeight):
     @dense_gradient.setter
     def dense_gradient(self, value): self.layer.dense_gradient = value
 
+    @property
+    def _hidden(self): return self.layer._hidden.get(self.key)
+    @_hidden.setter
+    def _hidden(self, value): self.layer._hidden = {**self.layer._hidden, self.key: value}
+
     def __eq__(self, other): return isinstance(other, Projection) and self.layer is other.layer and self.key == other.key
     def __hash__(self): return hash((id(self.layer), self.key))
     def __repr__(self): return f"Projection({self.key}, mode={self.mode!r})"
@@ -55,7 +60,7 @@ def mask_name(
 # %% ../../nbs/02_sparse/attention.ipynb #c72bb75c
 class MaskedMultiheadAttention(nn.MultiheadAttention):
     "An attention whose projections may carry masks. `sparsify` makes it; its output projection is a masked layer of its own."
-    plain, dense_gradient = nn.MultiheadAttention, False
+    plain, dense_gradient, _hidden = nn.MultiheadAttention, False, {}
 
     def __init__(self,
         *args,
@@ -72,13 +77,14 @@ class MaskedMultiheadAttention(nn.MultiheadAttention):
         self._mode = check_choice(mode, ("soft", "hard"), "mode")
         self.dense_gradient = False
         for key in weight_keys(self):
-            self.register_buffer(mask_name(key), torch.ones_like(self._parameters[key], dtype=torch.uint8, requires_grad=False), persistent=False)
+            self.register_buffer(mask_name(key), None, persistent=False)
+            Projection(self, key)._renew()
 
     def _end(self):
         "Forget the masks of the projections; the class follows with `settle_readers`."
         for key in PROJECTIONS: self._buffers.pop(mask_name(key), None)
         self._non_persistent_buffers_set -= {mask_name(key) for key in PROJECTIONS}
-        for name in ("_mode", "dense_gradient"): self.__dict__.pop(name, None)
+        for name in ("_mode", "dense_gradient", "_hidden"): self.__dict__.pop(name, None)
 
     @property
     def projections(self) -> dict[str, Projection]:
@@ -91,7 +97,9 @@ class MaskedMultiheadAttention(nn.MultiheadAttention):
     @mode.setter
     def mode(self, value):
         self._mode = check_choice(value, ("soft", "hard"), "mode")
-        if value == "hard": self.zero_masked()
+        for projection in self.projections.values():
+            if value == "hard": projection.zero_masked()
+            else: projection._bring_back(torch.zeros_like(projection.mask))
 
     def zero_masked(self) -> None:
         "Set the masked weights of the projections to exactly zero."
@@ -112,10 +120,14 @@ class MaskedMultiheadAttention(nn.MultiheadAttention):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         for key, own in self.projections.items():
-            if own.mask.is_meta and not own.weight.is_meta: own.mask = torch.ones_like(own.weight, dtype=torch.uint8, requires_grad=False)
-            if self.mode == "soft": continue
-            if local_metadata.get("assign_to_params_buffers"): setattr(self, key, nn.Parameter(own.weight.detach().clone(), own.weight.requires_grad))
-            own.zero_masked()
+            if self.mode == "hard" and local_metadata.get("assign_to_params_buffers"):
+                setattr(self, key, nn.Parameter(own.weight.detach().clone(), own.weight.requires_grad))
+            own._receive()
+
+    def __setstate__(self, state):
+        "A copy, or an attention out of a file, listens to nobody's request for dense gradients."
+        super().__setstate__(state)
+        for key in ("dense_gradient", "_hidden"): self.__dict__.pop(key, None)
 
 # %% ../../nbs/02_sparse/attention.ipynb #4b8c603a
 def attend(layer, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal) -> tuple:
@@ -151,6 +163,21 @@ def weight_owners(
 ) -> dict:               # name of the parameter in it -> what has `weight`: the layer, or a `Projection`
     "All weights of a module that can be masked, or are."
     return {key: module if key == "weight" else Projection(module, key) for key in weight_keys(module)}
+
+def home_of(
+    owner: nn.Module,    # from `mask_owners` or `weight_owners`
+) -> tuple:              # the module that keeps the weight, and the parameter's name in it
+    "Where an owner of a weight lives."
+    return (owner.layer, owner.key) if isinstance(owner, Projection) else (owner, "weight")
+
+def bias_of(
+    owner: nn.Module,    # from `mask_owners` or `weight_owners`
+) -> Tensor | None:      # (outputs,); a view of the common bias for one of the projections of an attention
+    "The bias that is added to what a weight makes."
+    module, key = home_of(owner)
+    if key == "weight": return module.bias
+    if module.in_proj_bias is None or key == "in_proj_weight": return module.in_proj_bias
+    return module.in_proj_bias.detach().chunk(3)[PROJECTIONS.index(key) - 1]
 
 MASKED = {layer.plain: layer for layer in (MaskedLinear, MaskedOutput, MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedConvTranspose1d,
                                            MaskedConvTranspose2d, MaskedConvTranspose3d, MaskedMultiheadAttention)}
