@@ -100,7 +100,7 @@ class Hold:
         "Let the optimisers go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all]
+    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if isinstance(layer, MaskedLayer)]
     def _forget(self): self._seen = None
 
     def _follow(self):
