@@ -53,6 +53,11 @@ def check_owned(
                          "parameters, give all optimisers in a list, or exclude these layers")
 
 # %% ../../nbs/02_sparse/holding.ipynb #467bb172
+def _is_masked(owner):
+    "Whether a weight still has its mask; a layer may have been made a plain one again."
+    home, key = home_of(owner)
+    return key in mask_owners(home)
+
 def clear_state(
     optimizers: Iterable,  # whose memory of the weight is cleared
     layer: nn.Module,      # a masked layer
@@ -100,7 +105,7 @@ class Hold:
         "Let the optimisers go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if isinstance(layer, MaskedLayer)]
+    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if _is_masked(layer)]
     def _forget(self): self._seen = None
 
     def _follow(self):
@@ -148,17 +153,23 @@ class Watch:
     def _fired(self): self._stepped = True
 
     def note(self) -> None:
-        "Take the weights as they are now."
+        "Take weights and masks as they are now."
         self._stepped, self._versions = False, [_version(weight) for _, _, weight in self._weights]
+        self._masks = [(layer.mask, _version(layer.mask)) for _, layer, _ in self._weights]
 
-    def check(self) -> None:
+    def check(self,
+        masks: Mapping[str, torch.Tensor],  # name of the weight -> the mask that should be there
+    ) -> None:
         "Raise `MaskError` if something was exchanged since `note`."
         for around, step, module, name in self._links.values():
             if around._modules.get(step) is not module: raise self._gone(name, f"{type(module).__name__} {step!r} in {type(around).__name__} was replaced")
         for name, layer, weight in self._weights:
             home, key = home_of(layer)
-            if key not in mask_owners(home): raise self._gone(name, "its layer was made a plain one again")
+            if not _is_masked(layer): raise self._gone(name, "its layer was made a plain one again")
             if home._parameters.get(key) is not weight: raise self._gone(name, "the parameter was replaced")
+        for (name, layer, _), (mask, version) in zip(self._weights, self._masks):
+            if layer.mask is mask and _version(mask) == version: continue  # otherwise a copy, as `to` makes it, or another mask
+            if not torch.equal(layer.mask, masks[name].to(layer.mask.device)): raise self._gone(name, "its mask was changed by somebody else")
         if self._stepped or not self._hooks: return
         moved = [name for (name, _, weight), version in zip(self._weights, self._versions) if _version(weight) != version]
         if moved:
