@@ -6,7 +6,8 @@ from importlib import import_module as _import
 _WHERE = {
     "data.loading": ("load_data",),
     "sparse.masks": ("Masks",),
-    "sparse.layers": ("MaskedConv2d", "MaskedLinear", "sparsify", "densify", "masks_of", "apply_masks", "hold"),
+    "sparse.layers": ("MaskedConv2d", "MaskedLinear", "sparsify", "densify", "masks_of", "apply_masks"),
+    "sparse.holding": ("hold",),
     "sparse.cost": ("cost",),
     "sparse.compaction": ("compact",),
     "pruning.oneshot": ("prune",),

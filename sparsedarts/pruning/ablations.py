@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..core import ParameterError, Registry, check_choice, derive_seed
 from .oneshot import Criterion
-from ..sparse.layers import MASKED, apply_masks, chosen_layers, densify, masked_layers, masks_of, unwrapped
+from ..sparse.attention import weight_owners
+from ..sparse.kinds import left_dense, weight_places
+from ..sparse.layers import apply_masks, chosen_layers, densify, masked_layers, masks_of, unwrapped
 from ..sparse.masks import Masks
-from ..sparse.modules import MaskedLayer
 
 # %% ../../nbs/03_pruning/ablations.ipynb #aa236be8
 def shuffle(
@@ -45,13 +46,12 @@ def random_masks(
 ) -> Masks:                           # exact in total, as `prune` would make them
     "Masks drawn at random."
     network = unwrapped(model)
-    paths = [name for name, layer in network.named_modules() if type(layer) in MASKED or isinstance(layer, MaskedLayer)]
-    left = chosen_layers(paths, network, exclude, "exclude") if exclude is not None else set()
+    places = weight_places(network)
+    left = chosen_layers([*places, *left_dense(network)], network, exclude, "exclude") if exclude is not None else set()
     names, layers = {id(parameter): name for name, parameter in network.named_parameters()}, {}
-    for path in paths:
-        layer = network.get_submodule(path)
-        if path not in left and id(layer._parameters.get("weight")) in names: layers.setdefault(names[id(layer.weight)], layer)
-    if not layers: raise ParameterError(f"{type(network).__name__} has no Conv2d or Linear layer left to mask")
+    for path, module in places.items():
+        for owner in () if path in left else weight_owners(module).values(): layers.setdefault(names[id(owner.weight)], owner)
+    if not layers: raise ParameterError(f"{type(network).__name__} has no layer left to mask")
     generator = torch.Generator().manual_seed(derive_seed(seed, "random masks"))
     return Criterion("random", allocation).masks(network, layers, sparsity, generator=generator)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core import CollapseError, ParameterError, ShapeError, SparseDartsError, check_number
 from ..sparse.cost import CONVOLUTIONS, TRANSPOSED, Cost, cost
-from ..sparse.layers import densify, masked_layers, masks_of, unwrapped
+from ..sparse.layers import check_held, densify, masked_layers, masks_of, unwrapped
 from ..sparse.masks import Masks
 from ..sparse.packed import packed_bytes
 
@@ -190,6 +190,7 @@ def skeleton(
     model: nn.Module,  # any network, masked or not
 ) -> nn.Module:        # a plain copy in evaluation mode
     "A copy whose weights are their masks and whose other parameters are 1."
+    check_held(model, "following paths")
     network = copy.deepcopy(unwrapped(model)).eval()
     masks = {name: layer.mask.clone() for name, layer in masked_layers(network).items()}
     densify(network).double()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['decays', 'growths', 'FORMAT', 'cosine', 'constant', 'linear', 'drop_count', 'exchange', 'Growth', 'GradientGrowth',
-           'as_growth', 'first_sparsity', 'check_moves', 'check_owned', 'DynamicPruner', 'share_of', 'replaces',
-           'follows', 'begin', 'install', 'level_of', 'update', 'listen', 'let_go', 'collect', 'before_step',
-           'dynamic_settings', 'dynamic_state', 'load_dynamic']
+           'as_growth', 'first_sparsity', 'check_moves', 'DynamicPruner', 'share_of', 'replaces', 'follows', 'begin',
+           'install', 'level_of', 'update', 'Absent', 'listen', 'let_go', 'collect', 'before_step', 'dynamic_settings',
+           'dynamic_state', 'load_dynamic']
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #cec03dd7
 import math
@@ -16,15 +16,17 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from ..core import CheckpointError, ParameterError, Registry, check_number, check_sparsity
+from ..core import CheckpointError, ParameterError, Registry, average_over_processes, check_number, check_sparsity
 from .allocation import Allocation, as_allocation, round_counts, select, warn_if_emptied
 from ..sparse.packed import pack_bits, unpack_bits
-from .oneshot import Criterion, prunable_layers, shapes_of
+from .oneshot import Criterion, layers_masked_now, prunable_layers, shapes_of
 from .pruners import check_feasible, check_whole, stream
 from .schedules import Schedule, make_schedule
 from .scores import random, score_layers
 from .selection import top_masks
-from ..sparse.layers import hold, weight_names
+from ..sparse.holding import Watch, as_optimizers, check_owned, hold
+from ..sparse.kinds import outside_inference
+from ..sparse.layers import check_held, put_masks, warn_if_dense
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e
@@ -127,25 +129,13 @@ def check_moves(
         raise ParameterError(f"no weight would ever move: the first update is due after {schedule.every} steps and updates end with step "
                              f"{schedule.last}; use a smaller every, or fraction=0")
 
-def check_owned(
-    layers: dict[str, nn.Module],      # name of the weight -> layer
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    "Raise if the optimiser does not train one of the weights."
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ParameterError(f"DynamicPruner needs a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad}
-    missing = [name for name, layer in layers.items() if id(layer.weight) not in owned]
-    if missing:
-        raise ParameterError(f"{missing[0]!r} is not trained by this optimiser, so what grows there would stay zero; "
-                             "make it from the same model's parameters, or exclude the layer")
-
 # %% ../../nbs/03_pruning/dynamic.ipynb #f77ce355
 class DynamicPruner:
     "Moves the weights of a sparse network while it trains; call `step` after every step of the optimiser."
+    @outside_inference
     def __init__(self,
         model: nn.Module,                          # changed in place; made of hard masked layers if it is not yet
-        optimizer: torch.optim.Optimizer,          # of its parameters
+        optimizer,                                 # torch.optim.Optimizer of its parameters, or a list of several
         sparsity,                                  # S in [0, 1), exact at every moment without a schedule, from T_end on with one
         steps: int | None = None,                  # steps of the whole training; must be given
         grow: str | Growth = "gradient",           # where weights appear: "gradient", "random"
@@ -161,31 +151,41 @@ class DynamicPruner:
         seed: int = 0,                             # of the first masks and of random growth
         exclude=None,                              # layers that stay dense: names, types or functions
         data=None,                                 # what the drop score reads, where it needs data
+        every_step: bool | None = None,            # clear absent weights after every step; None: where the optimiser needs it
     ):
         self.seed, self.ramps = check_number(seed, "seed", low=0, integer=True), schedule is not None
         self.schedule = make_schedule(schedule or "linear", sparsity, steps, end=end, every=every)
         self.criterion, self.grow, self.decay = Criterion(drop, allocation, data=data), as_growth(grow), decay if callable(decay) else decays[decay]
         self.initial = first_sparsity(self.schedule.target, self.ramps, initial)
         check_moves(self.schedule, allocation, fraction, accumulate)
-        check_whole(prunable_layers(model, exclude))
+        optimizers = as_optimizers(optimizer, "DynamicPruner")
+        check_whole(layers_masked_now(model, exclude))
         self.layers = prunable_layers(model, exclude, "hard")
-        check_owned(self.layers, optimizer)
+        check_owned(self.layers, optimizers, frozen=False)
+        warn_if_dense(model, exclude, stacklevel=4)
         for level in (self.initial, self.schedule.target): check_feasible(self.criterion, self.layers, level)
-        self.model, self.optimizer, self.fraction, self.accumulate = model, optimizer, fraction, accumulate
+        self.model, self.optimizers, self.fraction, self.accumulate = model, optimizers, fraction, accumulate
         self.t, self.awaited, self.sums, self.summed, self.history, self.ever = 0, False, {}, 0, [], None
-        self.hold = hold(model, optimizer)
-        self.hook = optimizer.register_step_pre_hook(lambda _, args, kwargs: before_step(self, args, kwargs))
+        self.hold, self.absent = hold(model, optimizers, every_step), Absent(self.layers)
+        self.watch = Watch(model, self.layers, optimizers, "DynamicPruner")
+        self.hooks = [part.register_step_pre_hook(lambda part, args, kwargs: before_step(self, part, args, kwargs)) for part in optimizers]
         begin(self)
+        self.watch.note()
 
     def step(self) -> None:
-        "To be called after every step of the optimiser."
+        "To be called after every step of the optimiser; `MaskError` if it, or a layer, was exchanged."
+        self.watch.check()
         self.t, late = self.t + 1, self.awaited
         if follows(self, self.t): update(self, self.t)
         self.awaited = replaces(self, self.t + 1) or (late and self.t + 1 < self.schedule.last)
         listen(self)
+        self.watch.note()
 
     @property
-    def sparsity(self) -> float: return self.masks.sparsity
+    def sparsity(self) -> float:
+        "The realised sparsity of the prunable weights; `MaskError` if absent weights are not zero."
+        check_held(self.model)
+        return self.masks.sparsity
 
     @property
     def explored(self) -> float: return self.ever.density  # share of the weights that have been active at some time
@@ -247,8 +247,9 @@ def install(
     share: float,    # f of this update
 ) -> None:
     "Set masks, clear what has left, and note it in the history."
+    check_held(pruner.model, f"update at step {t}")
     old = Masks.ones_like(masks) if pruner.ever is None else pruner.masks
-    for name, layer in pruner.layers.items(): layer.set_mask(masks[name])
+    put_masks(pruner.model, masks)
     pruner.hold.refresh()
     pruner.masks, pruner.ever = masks, masks if pruner.ever is None else pruner.ever | masks
     pruner.history.append({"step": t, "event": event, "scheduled": float(level_of(pruner, t)), "realised": masks.sparsity,
@@ -279,6 +280,36 @@ def update(
     install(pruner, Masks(masks), t, "update", share)
     if pruner.ramps and t == pruner.schedule.last: warn_if_emptied(pruner.masks, f"the density schedule's end at step {t}", stacklevel=4)
 
+# %% ../../nbs/03_pruning/dynamic.ipynb #8a9e1537
+class Absent:
+    "Sums of dense gradients, kept beside `.grad`, which holds the gradients of active weights alone."
+    def __init__(self,
+        layers: dict[str, nn.Module],  # name of the weight -> masked layer
+    ):
+        self.layers, self.sums, self._hooks = layers, {}, []
+
+    def listen(self, wanted: bool) -> None:
+        "Begin or stop to take gradients."
+        if wanted == bool(self._hooks): return
+        for layer in self.layers.values(): layer.dense_gradient = wanted
+        for hook in self._hooks: hook.remove()
+        self.sums, self._hooks = {}, [self._hook(name, layer) for name, layer in self.layers.items()] if wanted else []
+
+    def _hook(self, name, layer):
+        def take(gradient):
+            if name in self.sums and layer.weight.grad is not None and bool(layer.weight.grad.any()): self.sums[name] += gradient
+            else: self.sums[name] = gradient.detach().clone()
+            return gradient.masked_fill(layer.mask == 0, 0)
+        return layer.weight.register_hook(take)
+
+    def take(self) -> dict[str, Tensor]:  # name of the weight -> dense gradient, in the scale of `.grad`
+        "The gradients of this step, averaged over all processes; afterwards there are none."
+        sums, self.sums = {name: total for name, total in self.sums.items() if self.layers[name].weight.grad is not None}, {}
+        average_over_processes(sums.values())
+        pairs = [(total * self.layers[name].mask, self.layers[name].weight.grad) for name, total in sums.items()]
+        raw, now = (sum(float(part.double().abs().sum()) for part in parts) for parts in zip(*pairs)) if pairs else (0.0, 0.0)
+        return {name: total * (now / raw) for name, total in sums.items()} if raw and math.isfinite(now / raw) else sums
+
 # %% ../../nbs/03_pruning/dynamic.ipynb #b5e15923
 def listen(
     pruner: DynamicPruner,
@@ -289,34 +320,33 @@ def listen(
     due = -(-coming // every) * every
     if wanted is None: wanted = pruner.awaited or (replaces(pruner, due) and due - coming < pruner.accumulate)
     pruner.listening = wanted
-    for name, layer in weight_names(pruner.model):
-        if name in pruner.layers: layer.dense_gradient = wanted
+    pruner.absent.listen(wanted)
 
 def let_go(
     pruner: DynamicPruner,
 ) -> None:
     "Take all hooks off model and optimiser; the masks stay."
-    pruner.hold.remove()
-    pruner.hook.remove()
+    for guest in (pruner.hold, pruner.watch, *pruner.hooks): guest.remove()
     listen(pruner, False)
 
 def collect(
     pruner: DynamicPruner,
+    optimizer: torch.optim.Optimizer,  # about to step
 ) -> None:
-    "Add this step's dense gradients if they are finite, and leave the optimiser those of active weights."
-    fresh = {name: layer.weight.grad.detach() for name, layer in pruner.layers.items() if layer.weight.grad is not None}
-    if fresh and all(bool(gradient.isfinite().all()) for gradient in fresh.values()):
-        scale = getattr(pruner.optimizer, "grad_scale", None)  # fused optimisers undo a loss scaler's factor themselves, later
-        for name, gradient in fresh.items():
-            gradient = gradient.clone() if scale is None else gradient / scale
-            pruner.sums[name] = pruner.sums[name] + gradient if name in pruner.sums else gradient
-        pruner.summed += 1
-    for name, gradient in fresh.items(): gradient.masked_fill_(pruner.layers[name].mask == 0, 0)
+    "Add this step's dense gradients if they are finite."
+    fresh = pruner.absent.take()
+    if not fresh or not all(bool(gradient.isfinite().all()) for gradient in fresh.values()): return
+    scale = getattr(optimizer, "grad_scale", None)  # fused optimisers undo a loss scaler's factor themselves, later
+    for name, gradient in fresh.items():
+        gradient = gradient if scale is None else gradient / scale
+        pruner.sums[name] = pruner.sums[name] + gradient if name in pruner.sums else gradient
+    pruner.summed += 1
 
 def before_step(
     pruner: DynamicPruner,
-    args: tuple,            # of the optimiser's step: itself, perhaps a closure
-    options: dict,          # its keyword arguments
+    optimizer: torch.optim.Optimizer,  # one of those that were given; of several the first that steps finds the gradients
+    args: tuple,                       # of the optimiser's step: itself, perhaps a closure
+    options: dict,                     # its keyword arguments
 ) -> None:
     "Just before the optimiser steps: collect gradients, and if an update is due make it and leave nothing to do."
     if not pruner.listening: return
@@ -324,13 +354,13 @@ def before_step(
         raise ParameterError("optimizer.step(closure) computes gradients after the update was chosen; "
                              "call backward() first and step() without a closure, or use grow='random'")
     before = pruner.summed
-    collect(pruner)
+    collect(pruner, optimizer)
     if not pruner.awaited or pruner.summed == before: return
     gradients, pruner.sums, n, pruner.summed = pruner.sums, {}, pruner.summed, 0
     pruner.awaited = False
     listen(pruner, False)
     update(pruner, pruner.t + 1, {name: gradient / n for name, gradient in gradients.items()})
-    for group in pruner.optimizer.param_groups:
+    for group in [group for part in pruner.optimizers for group in part.param_groups]:
         for parameter in group["params"]: parameter.grad = None
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #8a2c4033
@@ -350,6 +380,7 @@ def dynamic_state(
     pruner: DynamicPruner,
 ) -> dict:                 # for torch.save, readable with weights_only=True
     "The state of a dynamic pruner as plain values."
+    check_held(pruner.model, "saving the pruner")
     def packed(masks): return {name: pack_bits(mask) for name, mask in masks.items()}
     return {"format": FORMAT, "settings": dynamic_settings(pruner), "step": pruner.t, "awaited": pruner.awaited, "summed": pruner.summed,
             "sums": {name: gradient.clone() for name, gradient in pruner.sums.items()}, "masks": packed(pruner.masks), "ever": packed(pruner.ever),
@@ -371,6 +402,7 @@ def load_dynamic(
     pruner.t, pruner.awaited, pruner.summed = int(state["step"]), bool(state["awaited"]), int(state["summed"])
     pruner.sums = {name: gradient.to(devices[name]).clone() for name, gradient in state["sums"].items()}
     pruner.masks, pruner.ever, pruner.history = masks("masks"), masks("ever"), [dict(line) for line in state["history"]]
-    for name, layer in pruner.layers.items(): layer.set_mask(pruner.masks[name])
-    pruner.hold.refresh()
+    put_masks(pruner.model, pruner.masks)
+    pruner.watch.note()
+    pruner.absent.listen(False)
     listen(pruner)

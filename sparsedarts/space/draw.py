@@ -25,7 +25,7 @@ from .darts import Supernet
 from .genotypes import Genotype, parse_cell, parse_genotype
 from .nasbench201 import NB201_EDGES, NB201_OPERATIONS, NB201Network, NB201Supernet, parse_nb201
 from .ops import Space
-from ..sparse.layers import masked_layers, unwrapped
+from ..sparse.layers import check_held, masked_layers, unwrapped
 
 # %% ../../nbs/05_space/draw.ipynb #cdab0485
 LOOKS = {"none": ("none", "#6f6f6f"), "noise": ("noise", "#a3307f"), "skip_connect": ("skip", "#3b3b3b"),
@@ -244,6 +244,7 @@ def edge_density(
     cell: str,           # "normal" or "reduce"
 ) -> tuple:              # one number in [0, 1] an edge; None: no masked layer
     "The share of kept weights on every edge of a cell."
+    check_held(network, "drawing densities")
     layers, cells = masked_layers(network), unwrapped(network).cells
     masks, counts = {id(layer): layer.mask for layer in layers.values()}, []
     check_choice(cell, ("normal", "reduce"), "cell")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..core import NumericalError, ParameterError, ShapeError, SparseDartsError, check_number
 from .channels import LAYERS, NORMS, Flow, follow_channels, is_depthwise
 from .cost import Latency, cost, latency
-from .layers import chosen_layers, densify, unwrapped
+from .layers import check_held, chosen_layers, densify, unwrapped
 
 # %% ../../nbs/02_sparse/compaction.ipynb #17d1f6ae
 def connections(
@@ -282,6 +282,7 @@ def plain_copy(
     network = unwrapped(model)
     if isinstance(network, torch.jit.ScriptModule):
         raise ParameterError("a scripted network cannot be made smaller: compact it first, script it afterwards")
+    check_held(network, "making a plain copy")
     try: network = densify(copy.deepcopy(network))
     except RuntimeError as error:
         raise ParameterError(f"{type(network).__name__} cannot be copied ({str(error).splitlines()[0]}); where weights carry pruning hooks "

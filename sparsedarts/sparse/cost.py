@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ShapeError, SparseDartsError, check_number
-from .layers import unwrapped
+from .layers import check_held, unwrapped
 from .modules import MaskedLayer
 
 # %% ../../nbs/02_sparse/cost.ipynb #b1dec740
@@ -128,6 +128,7 @@ def cost(
     "Parameters, multiply-accumulates and density of a network and of its layers, in evaluation mode."
     network, shape = unwrapped(model), tuple(shape) if isinstance(shape, Sequence) else (shape,)
     for size in shape: check_number(size, "shape", low=1, integer=True)
+    check_held(network, "counting")
     seen, total = watch(network, shape)
     rows = layer_rows(network, seen)
     elsewhere = total - sum(row["macs"] for row in rows)

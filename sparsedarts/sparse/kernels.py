@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ParameterError, ShapeError, SparseDartsError, check_number, check_sparsity
-from .layers import apply_masks, densify, masks_of, sparsify, unwrapped
+from .attention import mask_owners
+from .layers import apply_masks, check_held, densify, masks_of, sparsify, unwrapped
 from .masks import Masks
-from .modules import MaskedLayer, MaskedLinear
+from .modules import MaskedLinear
 
 # %% ../../nbs/02_sparse/kernels.ipynb #bbfe7b55
 class CSRLinear(nn.Module):
@@ -61,6 +62,7 @@ def to_csr(
     above=0.8,          # smallest sparsity of a linear layer worth exchanging, in [0, 1)
 ) -> nn.Module:         # a copy in evaluation mode, for inference on the CPU
     "Exchange sparse linear layers for `CSRLinear`; the other masked layers become plain ones with zeros."
+    check_held(model, "exchanging layers")
     least, network = check_sparsity(above, "above"), copy.deepcopy(unwrapped(model)).eval()
     inside = {id(layer) for module in network.modules() if isinstance(module, nn.TransformerEncoderLayer) for layer in module.modules()}
     shared, found = {}, {}
@@ -100,6 +102,7 @@ def to_semi_structured(
     model: nn.Module,   # with masked layers, in half precision on CUDA; not changed
 ) -> nn.Module:         # a copy in evaluation mode, for inference
     "Exchange 2:4-masked linear layers for PyTorch's semi-structured ones; the other masked layers become plain."
+    check_held(model, "exchanging layers")
     network = copy.deepcopy(unwrapped(model)).eval()
     obstacles = {name: semi_structured_obstacle(layer) for name, layer in network.named_modules() if isinstance(layer, MaskedLinear)}
     chosen = [network.get_submodule(name) for name, obstacle in obstacles.items() if not obstacle]
@@ -157,7 +160,7 @@ def variants(
 ) -> tuple:                 # name -> network in evaluation mode; name -> why there is none
     "The same network in every form that might be faster."
     masks, made, missing = masks_of(model), {}, {}
-    def masked(mode): return sparsify(copy.deepcopy(unwrapped(model)), include=lambda name, layer: isinstance(layer, MaskedLayer), mode=mode).eval()
+    def masked(mode): return sparsify(copy.deepcopy(unwrapped(model)), include=lambda name, layer: bool(mask_owners(layer)), mode=mode).eval()
     others = {"dense": lambda: densify(apply_masks(masked("hard"), Masks.ones_like(masks))), "soft masks": lambda: masked("soft"),
               "hard masks": lambda: masked("hard"), "CSR linear": lambda: to_csr(model, above), "2:4": lambda: to_semi_structured(model),
               "compacted": lambda: _compacted(model, shape)}

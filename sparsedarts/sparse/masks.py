@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ParameterError, ShapeError, unknown_name
 from ..files import atomic_write
+from .kinds import KIND_NAMES, maskable_weights
 
 # %% ../../nbs/02_sparse/masks.ipynb #2f927cd0
 def checked_mask(
@@ -155,13 +156,11 @@ def majority(
 def ones_like(
     source: nn.Module | Mapping[str, Tensor],  # a network, or name -> tensor
 ) -> Masks:                                    # nothing removed
-    "Masks that keep every weight of the convolutions and linear layers of a network, or of a dictionary of tensors."
-    if isinstance(source, nn.Module):
-        fits = (nn.Conv2d, nn.Linear)  # themselves or masked; other subclasses cannot be masked
-        owners = {f"{name}.weight".lstrip(".") for name, module in source.named_modules() if type(module) in fits or (isinstance(module, fits) and hasattr(module, "mask"))}
-        source = {name: weight for name, weight in source.named_parameters() if name in owners}
+    "Masks that keep every weight of a network that can be masked, or of a dictionary of tensors."
+    network = source if isinstance(source, nn.Module) else None
+    if network is not None: source = maskable_weights(network)
     if not isinstance(source, Mapping): raise ParameterError(f"need a network or a dictionary of tensors, got {type(source).__name__}")
-    if not source: raise ParameterError("the network has no Conv2d or Linear layer, so there is nothing to mask")
+    if not source: raise ParameterError(f"{type(network or source).__name__} has no layer that can be masked ({KIND_NAMES}), so there is nothing to mask")
     return Masks({name: torch.ones_like(weight, dtype=torch.uint8) for name, weight in source.items()})
 
 # %% ../../nbs/02_sparse/masks.ipynb #f1370044

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ParameterError, ShapeError, unknown_name
 from ..files import atomic_write
-from .layers import apply_masks, masked_layers, unwrapped
+from .layers import apply_masks, check_held, masked_layers, unwrapped
 from .masks import Masks
 
 # %% ../../nbs/02_sparse/packed.ipynb #64d19978
@@ -69,9 +69,7 @@ def sparse_parts(
     awake = {name: int(state[name].detach()[mask.to(state[name].device) == 0].count_nonzero()) for name, mask in masks.items()}
     modes = {name: layers[name].mode if layers else "soft" if awake[name] else "hard" for name in masks}
     for name, count in awake.items():
-        if count and modes[name] == "hard":
-            raise ParameterError(f"{count} removed weights of the hard layer {name!r} are not zero, and the layer computes with them: "
-                                 "use hold(model, optimizer), or zero them")
+        if count and modes[name] == "hard": check_held(source, "packing")
     return state, masks, modes
 
 # %% ../../nbs/02_sparse/packed.ipynb #24496235

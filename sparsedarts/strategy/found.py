@@ -22,7 +22,7 @@ from ..pruning.scored import LayerCeil, kept_share
 from ..pruning.selection import top_masks
 from ..space.cells import set_drop_path
 from ..sparse.cost import cost, latency
-from ..sparse.layers import apply_masks, masked_layers, masks_of
+from ..sparse.layers import apply_masks, check_held, masked_layers, masks_of
 from ..sparse.masks import Masks
 from .sampling import genotype_text
 from ..training.checkpoints import checksum
@@ -51,6 +51,7 @@ def save_stage(
     about: dict,           # genotype, size and keep, as text
 ) -> None:
     "Write a network for the next phase."
+    check_held(model, f"saving what the phase {phase!r} leaves")
     masks = {name: layer.mask.cpu() for name, layer in masked_layers(model).items()}
     weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     save_checkpoint(path, {"stage": phase, "about": about, "weights": weights, "masks": masks})

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..core import (CheckpointError, NumericalError, ParameterError, check_choice, check_number, derive_seed, get_device, restore_rng, rng_state,
                               seed_everything)
-from ..sparse.layers import hold, masked_layers, masks_of
+from ..sparse.holding import hold
+from ..sparse.layers import check_held, masked_layers, masks_of
 from .checkpoints import (Checkpoint, data_signature, load_mask_state, mask_state, pack, signature,
                                               unpack)
 from .metrics import Meter, Reporter, check_logits, evaluate, first_output, format_kept, memory_format, modes_kept
@@ -89,7 +90,7 @@ class Run:
         if options.pruner and options.checkpoint and Path(options.checkpoint).exists(): make_whole(model)
         self.pruner = options.pruner and options.pruner(model, self.optimizer, steps=self.steps)
         hard = any(layer.mode == "hard" and layer.weight.requires_grad for layer in masked_layers(model).values())
-        self.hold = hold(model, self.optimizer) if hard and self.pruner is None else None
+        self.hold = hold(model, self.optimizer, True if options.loss else None) if hard and self.pruner is None else None
         self.listeners, self.meter = listeners(options.callbacks), Meter(self.steps_per_epoch, self.device)
         self.step, self.history, self.metrics, self.seconds, self.began = 0, [], {}, 0.0, time.perf_counter()
 
@@ -235,6 +236,7 @@ def save(
 ) -> None:
     "Write everything the run needs to go on."
     check_finite(run)
+    check_held(run.model, f"saving a checkpoint at step {run.step}")
     checkpoint.save(dict(step=run.step, history=run.history, metrics=run.metrics, seconds=run.seconds + time.perf_counter() - run.began,
                          masks=mask_state(run.model), parts=pack(run.parts), rng=rng_state()))
 
