@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import MaskError, ParameterError
-from .attention import home_of, mask_owners
+from .attention import home_of, is_masked
 from .layers import masked_layers, unwrapped, weight_names
 from .modules import _version
 
@@ -53,11 +53,6 @@ def check_owned(
                          "parameters, give all optimisers in a list, or exclude these layers")
 
 # %% ../../nbs/02_sparse/holding.ipynb #467bb172
-def _is_masked(owner):
-    "Whether a weight still has its mask; a layer may have been made a plain one again."
-    home, key = home_of(owner)
-    return key in mask_owners(home)
-
 def clear_state(
     optimizers: Iterable,  # whose memory of the weight is cleared
     layer: nn.Module,      # a masked layer
@@ -105,7 +100,7 @@ class Hold:
         "Let the optimisers go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if _is_masked(layer)]
+    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if is_masked(layer)]
     def _forget(self): self._seen = None
 
     def _follow(self):
@@ -165,7 +160,7 @@ class Watch:
             if around._modules.get(step) is not module: raise self._gone(name, f"{type(module).__name__} {step!r} in {type(around).__name__} was replaced")
         for name, layer, weight in self._weights:
             home, key = home_of(layer)
-            if not _is_masked(layer): raise self._gone(name, "its layer was made a plain one again")
+            if not is_masked(layer): raise self._gone(name, "its layer was made a plain one again")
             if home._parameters.get(key) is not weight: raise self._gone(name, "the parameter was replaced")
         for (name, layer, _), (mask, version) in zip(self._weights, self._masks):
             if layer.mask is mask and _version(mask) == version: continue  # otherwise a copy, as `to` makes it, or another mask
