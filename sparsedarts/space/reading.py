@@ -160,8 +160,9 @@ def _from_text(
     if _last_call(text): return parse_genotype(text)
     found = _embedded(text)
     if found is not None: return _from_value(found)
-    kind, names = "network" if others else "published cell", [*others, *catalogue(), *ALIASES]
-    if re.fullmatch(r"[\w .+-]{1,40}", text): raise unknown_name(kind, text, names)
+    if re.fullmatch(r"[\w .+-]{1,40}", text):
+        kind, listing = ("network", "`sparsedarts list --cells`") if others else ("published cell", "`genotypes`")
+        raise unknown_name(kind, text, [*others, *catalogue(), *ALIASES], listing)
     raise ParameterError(f"not an architecture: {text!r:.80}; give a published cell's name, Genotype(normal=[(operation, source), ...], ...), its JSON, "
                          "a NAS-Bench-201 string |op~0|+|op~0|op~1|+|op~0|op~1|op~2|, or a file that holds one of them")
 
