@@ -284,7 +284,7 @@ def test_what_is_no_architecture(wrong):
 
 
 def test_unknown_names_have_a_nearest_one():
-    for wrong, near in (("DART", "DARTS"), ("PC_DART", "PC_DARTS"), ("fairdarts_a", "FairDARTS_a")): pytest.raises(UnknownName, read_architecture, wrong).match(near)
+    for wrong, near in (("DART", "DARTS"), ("PC_DART", "PC_DARTS"), ("FairDARTS", "FairDARTS_a")): pytest.raises(UnknownName, read_architecture, wrong).match(near)
     pytest.raises(UnknownName, read_architecture, str(V2).replace("sep_conv_3x3", "sep_conv3x3")).match("did you mean 'sep_conv_3x3'")
     pytest.raises(UnknownName, read_architecture, str(V2).replace("skip_connect", "identity")).match("unknown operation 'identity'")
 
