@@ -34,6 +34,7 @@ readme: .venv/.installed     ## fill README's table from the committed sample re
 
 benchmarks: .venv/.installed ## speed ratios against the classic way (some minutes, idle machine)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/masking.py --threshold
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/holding.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scored.py
