@@ -445,6 +445,8 @@ def test_compat_of_a_dense_search_leaves_scores_out():
     (dict(layer_type="dense", compat=Released(float_counts=True)), "compat with float_counts: a dense"),
     (dict(compat=Released(one_optimizer=True)), "compat with one_optimizer: only the one-level search has it; leave it out, or give compat=True"),
     (dict(one_level=True, compat=Released(long_cosine=True)), "compat with long_cosine: a one-level search has one cosine"),
+    (dict(one_level=True, compat=Released(alphas_trained=True)), "compat with alphas_trained: the released one-level search keeps alphas out"),
+    (dict(one_level=True, compat=True), "the released one-level search is not reproduced.*What is meant here is compat=False"),
     (dict(layer_type="dense", keep=0.1, initial="scaled"), "keep, initial: a dense.*leave that out, or search with layer_type='sparse'"),
     (dict(layer_type="dense", keep=0.1), "keep: a dense supernet keeps all its weights"), (dict(layer_type="dense", sparsity=0.9), "sparsity: a dense"),
     (dict(layer_type="dense", prune_epochs=1), "prune_epochs: a dense"), (dict(layer_type="dense", initial="scaled"), "initial: a dense"),

@@ -43,7 +43,7 @@ class Released:
     long_cosine: bool = False         # of the first phase's length in all phases
     float_counts: bool = False        # N - int((1 - k) N)
     noisy_forward: bool = False       # a pass over noisy images that only moves running statistics
-    one_optimizer: bool = False       # one-level search: weights at the scores' constant rate, without momentum
+    one_optimizer: bool = False       # one level: after an epoch's first batch, weights at the scores' constant rate, without momentum
 
 def as_released(
     compat: "bool | Released",  # True: everything; False: nothing
@@ -142,16 +142,17 @@ class ScoreStep:
     def load_state_dict(self, state: dict) -> None: self.optimizer.load_state_dict(state)
 
 class OneOptimizer:
-    "From the second step on, the weights have the constant rate of the scores and no momentum."
+    "From the second step of every epoch on, the weights have the constant rate of the scores and no momentum."
     def __init__(self,
         lr: float = 0.1,  # of the scores
     ):
         self.lr = lr
 
     def before_step(self, search: Search) -> None:
-        "Replace the weights' rate and momentum."
-        if search.steps_done:
-            for group in search.optimizer.param_groups: group.update(lr=self.lr, momentum=0.0)
+        "Replace the weights' rate and momentum; in the first step of an epoch they are as scheduled."
+        first = search.steps_done % search.steps_per_epoch == 0
+        changes = dict(momentum=search.settings.momentum) if first else dict(lr=self.lr, momentum=0.0)
+        for group in search.optimizer.param_groups: group.update(changes)
 
 # %% ../../nbs/07_strategy/dass.ipynb #1c65a7c1
 ONE_LEVEL, THREE_PHASES = ("onelevel",), ("pretrain", "prune", "finetune")
@@ -275,10 +276,16 @@ def refuse_switches(
     compat: "bool | Released",  # as given
     one_level: bool,
 ) -> None:
-    "Refuse a named switch of `Released` that only the other form of the search has."
-    other, why = ("long_cosine", "a one-level search has one cosine") if one_level else ("one_optimizer", "only the one-level search has it")
-    if isinstance(compat, Released) and getattr(compat, other):
-        raise ParameterError(f"compat with {other}: {why}; leave it out, or give compat=True for all switches that apply")
+    "Refuse a named switch of `Released` that only the other form of the search has, and `compat=True` on one level."
+    if one_level and compat is True:
+        raise ParameterError("compat=True with one_level=True: the released one-level search is not reproduced (there the weights' optimiser holds the scores too, "
+                             "the scores' optimiser moves alphas and the stem's norm, and takes the place of the weights' within every epoch). What is meant "
+                             "here is compat=False; a single behaviour can be had as compat=Released(one_optimizer=True)")
+    refused = dict(one_optimizer="only the one-level search has it")
+    if one_level: refused = dict(long_cosine="a one-level search has one cosine", alphas_trained="the released one-level search keeps alphas out of the weights' optimiser")
+    for other, why in refused.items():
+        if isinstance(compat, Released) and getattr(compat, other):
+            raise ParameterError(f"compat with {other}: {why}; leave it out{'' if one_level else ', or give compat=True for all switches that apply'}")
 
 # %% ../../nbs/07_strategy/dass.ipynb #d80b2e6c
 def first_scores(
@@ -311,7 +318,7 @@ def dass_search(
     epochs: int | None = None,          # its length; 50
     lrs: tuple | None = None,           # rates of the phases; (0.025, 0.1, 0.025), or of weights and scores (0.025, 0.1)
     arch_phases: tuple | None = None,   # in which the alphas learn; ("pretrain", "finetune"), or ("onelevel",)
-    compat: "bool | Released" = False,  # True: as the released code does it, or some of that
+    compat: "bool | Released" = False,  # True: the three phases as the released code does them; or some of that
     checkpoint: str | Path | None = None,  # a folder; if it exists, the search goes on from it
     **options,                          # of the supernet (`SUPERNET_OPTIONS`) and of `SearchSettings`
 ) -> PhasedResult:
