@@ -21,10 +21,11 @@ WIDTHS = (64, 128, 256, 512, 512)                                               
 def conv_layer(
     c_in: int,         # channels given
     c_out: int,        # channels wanted
-    batch_norm: bool,  # a norm follows, and the convolution has no bias
+    batch_norm: bool,  # a norm follows
+    bias: bool | None = None,  # of the convolution; None: where no norm follows
 ) -> nn.Sequential:    # (B, c_in, H, W) -> (B, c_out, H, W)
     "3x3 convolution, norm if wanted, ReLU."
-    parts = OrderedDict(conv=nn.Conv2d(c_in, c_out, 3, padding=1, bias=not batch_norm))
+    parts = OrderedDict(conv=nn.Conv2d(c_in, c_out, 3, padding=1, bias=not batch_norm if bias is None else bias))
     if batch_norm: parts["bn"] = nn.BatchNorm2d(c_out)
     parts["relu"] = nn.ReLU(inplace=True)
     return nn.Sequential(parts)
@@ -39,13 +40,14 @@ class VGG(nn.Module):
         in_channels: int,  # of the images
         batch_norm: bool,  # norms after the convolutions
         width: float,      # factor on all channel numbers
+        bias: bool | None = None,  # of the convolutions; None: where there are no norms
     ):
         super().__init__()
         self.depth, self.in_channels = depth, in_channels
         c_in, stages = in_channels, []
         for layers, channels in zip(STAGES[depth], WIDTHS):
             c_out = max(1, round(channels * width))
-            stages.append(nn.Sequential(*(conv_layer(c_in if i == 0 else c_out, c_out, batch_norm) for i in range(layers))))
+            stages.append(nn.Sequential(*(conv_layer(c_in if i == 0 else c_out, c_out, batch_norm, bias) for i in range(layers))))
             c_in = c_out
         self.stages = nn.ModuleList(stages)
         self.pool = nn.MaxPool2d(2)
@@ -65,12 +67,14 @@ def vgg(
     classes: int = 10,        # number of logits
     fc: int = 1,              # linear layers at the end: 1 as in GraSP, 3 as in the Union Mask repository
     in_channels: int = 3,     # of the images
-    batch_norm: bool = True,  # norms after the convolutions (without them the convolutions have biases)
+    batch_norm: bool = True,  # norms after the convolutions
     width: float = 1,         # factor on 64/128/256/512/512 channels
+    bias: bool | None = None, # of the convolutions; None: where there are no norms
 ) -> VGG:                     # new weights from the caller's torch seed
     "A VGG for small images (Simonyan & Zisserman 2015, table 1)."
     check_choice(depth, tuple(STAGES), "VGG depth")
     check_choice(fc, (1, 3), "number of linear layers fc")
     check_number(classes, "classes", low=1, integer=True)
     check_number(in_channels, "in_channels", low=1, integer=True)
-    return VGG(depth, classes, fc, in_channels, batch_norm, check_number(width, "width", low=1 / 64, high=1024))
+    check_choice(bias, (None, True, False), "bias of the convolutions")
+    return VGG(depth, classes, fc, in_channels, batch_norm, check_number(width, "width", low=1 / 64, high=1024), bias)
