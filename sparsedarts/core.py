@@ -113,12 +113,16 @@ def unknown_name(
     kind: str,      # what was looked up
     name,           # what was given
     known,          # names that exist
+    listing: str = "",  # where all of them are listed, for the message: "`sparsedarts list --cells`"
+    most: int = 20,     # names in the message; of more, the nearest
 ) -> UnknownName:   # the error, to be raised
     "The error for a name that is not known, with the nearest known ones first."
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
+    known, given = [str(k) for k in known], str(name)[:100]
+    close = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
-    return UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}.")
+    shown = known if len(known) <= most else difflib.get_close_matches(given, known, n=most // 3, cutoff=0)
+    rest = f" and {len(known) - len(shown)} more" + (f", listed by {listing}" if listing else "") if len(shown) < len(known) else ""
+    return UnknownName(f"unknown {kind} {name!r:.120}{hint} Known: {', '.join(shown) or 'none'}{rest}.")
 
 # %% ../nbs/00_core/core.ipynb #3d69851e
 def check_choice(

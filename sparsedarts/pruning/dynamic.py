@@ -26,7 +26,7 @@ from .scores import random, score_layers
 from .selection import top_masks
 from ..sparse.holding import Watch, as_optimizers, check_owned, hold
 from ..sparse.kinds import outside_inference
-from ..sparse.layers import check_held, put_masks, warn_if_dense
+from ..sparse.layers import beside, check_held, put_masks, warn_if_dense
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e
@@ -195,7 +195,9 @@ class DynamicPruner:
     def remove(self) -> None: let_go(self)
 
     def __repr__(self):
-        return (f"DynamicPruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept, "
+        kept, total = beside(self.masks, self.model).whole
+        return (f"DynamicPruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept "
+                f"(whole network {kept:,} of {total:,} parameters), "
                 f"{self.explored:.1%} explored, {dynamic_settings(self)}")
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #cdaf4a32

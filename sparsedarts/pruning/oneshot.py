@@ -25,7 +25,7 @@ from .scores import as_score, score_layers
 from .selection import order_keys
 from ..sparse.holding import as_optimizers, check_owned, hold
 from ..sparse.kinds import as_stored, by_unit, maskable_weights, outside_inference, unit_shape
-from ..sparse.layers import (apply_masks, check_held, convert_layers, is_chosen, make_plain, masked_layers, unwrapped,
+from ..sparse.layers import (apply_masks, beside, check_held, convert_layers, is_chosen, make_plain, masked_layers, unwrapped,
                                        warn_if_dense, weight_names)
 from ..sparse.masks import Masks
 
@@ -316,7 +316,7 @@ def undone_on_error(
 def start_masks(
     model: nn.Module,          # changed in place: plain layers become masked ones
     criterion: Criterion,
-    sparsity: Fraction,        # S at the end
+    sparsities: list[Fraction],  # S after each round
     exclude,                   # layers that stay as they are
     mode: str,                 # "hard" or "soft", of the result
     revive: bool,              # weights may return between rounds
@@ -329,9 +329,11 @@ def start_masks(
     pool = Masks({name: layer.mask for name, layer in layers.items()})
     alive = criterion.alive(pool, layers)
     total, kept = sum(mask.numel() for mask in alive.values()), sum(int(mask.count_nonzero()) for mask in alive.values())
-    if kept >= count_kept(total, sparsity): return layers, pool
-    raise ParameterError(f"sparsity {float(sparsity):g} would keep {count_kept(total, sparsity)} items, but hard masks have removed all but {kept} "
-                         f"of {total} already; removed weights cannot return: prune a copy of the dense network")
+    first, last = (count_kept(total, sparsity) for sparsity in (sparsities[0], sparsities[-1]))
+    if kept >= (last if revive else first): return layers, pool
+    wanted, when = (last, f"sparsity {float(sparsities[-1]):.4g}") if kept < last else (first, f"the first of {len(sparsities)} rounds")
+    raise ParameterError(f"the network is already pruned to {kept / total:.1%} ({kept:,} of {total:,} items), and {when} would keep {wanted:,}; "
+                         "removed weights cannot return: densify(model) it, or take a fresh network")
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #e59f8f2c
 @outside_inference
@@ -358,7 +360,7 @@ def prune(
     if revive and steps == 1: raise ParameterError("revive=True lets weights return in a later round, and steps is 1; use steps of at least 2")
     generator = torch.Generator().manual_seed(derive_seed(seed, "prune"))
     with undone_on_error(model):
-        layers, pool = start_masks(model, criterion, sparsities[-1], exclude, mode, revive)
+        layers, pool = start_masks(model, criterion, sparsities, exclude, mode, revive)
         masks = run_rounds(model, layers, criterion, sparsities, pool, "soft" if revive else mode, generator, revive)
         if revive: apply_masks(model, masks, mode)
         if optimizers and mode == "hard":
@@ -366,4 +368,4 @@ def prune(
             hold(model, optimizers)
     warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
     warn_if_dense(model, exclude, stacklevel=4)
-    return masks
+    return beside(masks, model)

@@ -23,7 +23,7 @@ from .released import Released
 from .schedules import Schedule, begins, make_schedule, peak
 from ..sparse.holding import Watch, as_optimizers, check_owned, hold
 from ..sparse.kinds import outside_inference
-from ..sparse.layers import check_held, put_masks, warn_if_dense
+from ..sparse.layers import beside, check_held, put_masks, warn_if_dense
 from ..sparse.masks import Masks
 from ..sparse.packed import pack_bits, unpack_bits
 
@@ -46,7 +46,7 @@ def check_whole(
     "Raise if a network is pruned already, because a schedule starts from a whole one."
     kept, total = (sum(int(count(layer.mask)) for layer in layers.values()) for count in (torch.count_nonzero, torch.numel))
     if kept == total: return
-    raise ParameterError(f"the network is already pruned to {kept / total:.3g} of its weights ({kept:,} of {total:,}), and a schedule starts from a whole one: "
+    raise ParameterError(f"the network is already pruned to {kept / total:.1%} ({kept:,} of {total:,} weights), and a schedule starts from a whole one: "
                          "densify(model) it, or take a fresh network")
 
 # %% ../../nbs/03_pruning/pruners.ipynb #ed4f271a
@@ -157,7 +157,9 @@ class Pruner:
         load_pruner(self, state)
 
     def __repr__(self):
-        return (f"Pruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept, {self.mode} masks, "
+        kept, total = beside(self.masks, self.model).whole
+        return (f"Pruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept (whole network "
+                f"{kept:,} of {total:,} parameters), {self.mode} masks, "
                 f"{self.schedule!r}{f', {self.combine} of the cycles' if self.combine else ''}{', as released' if self.released else ''}")
 
 # %% ../../nbs/03_pruning/pruners.ipynb #f11bbf44

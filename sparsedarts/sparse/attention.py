@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKED', 'READERS', 'Projection', 'mask_name', 'MaskedMultiheadAttention', 'attend', 'mask_owners', 'weight_owners',
-           'home_of', 'bias_of', 'has_soft', 'MaskedEncoderLayer', 'MaskedEncoder', 'settle_readers']
+           'home_of', 'is_masked', 'bias_of', 'has_soft', 'MaskedEncoderLayer', 'MaskedEncoder', 'settle_readers']
 
 # %% ../../nbs/02_sparse/attention.ipynb #9964d1ba
 import torch
@@ -169,6 +169,13 @@ def home_of(
 ) -> tuple:              # the module that keeps the weight, and the parameter's name in it
     "Where an owner of a weight lives."
     return (owner.layer, owner.key) if isinstance(owner, Projection) else (owner, "weight")
+
+def is_masked(
+    owner: nn.Module,    # that once came from `mask_owners`
+) -> bool:               # False: its layer was made a plain one again
+    "Whether an owner of a mask still has it."
+    if isinstance(owner, Projection): return owner.layer._buffers.get(mask_name(owner.key)) is not None
+    return isinstance(owner, MaskedLayer)
 
 def bias_of(
     owner: nn.Module,    # from `mask_owners` or `weight_owners`

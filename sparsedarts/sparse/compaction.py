@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..core import NumericalError, ParameterError, ShapeError, SparseDartsError, check_number
 from .channels import LAYERS, NORMS, Flow, follow_channels, is_depthwise
 from .cost import Latency, cost, latency
+from .kinds import outside_inference
 from .layers import check_held, chosen_layers, densify, unwrapped
 
 # %% ../../nbs/02_sparse/compaction.ipynb #17d1f6ae
@@ -325,6 +326,7 @@ def largest(
     return max(float((a - b).abs().max()) for a, b in zip(first, second or map(torch.zeros_like, first)))
 
 # %% ../../nbs/02_sparse/compaction.ipynb #1e78f1a5
+@outside_inference
 def compact(
     model: nn.Module,            # masked, or plain with zero weights; not changed
     example: Tensor | Sequence,  # a batch of inputs (B, ...), or the shape of one: (3, 32, 32)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core import MaskError, ParameterError
-from .attention import home_of, mask_owners
+from .attention import home_of, is_masked
 from .layers import masked_layers, unwrapped, weight_names
 from .modules import _version
 
@@ -100,7 +100,7 @@ class Hold:
         "Let the optimisers go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if isinstance(layer, MaskedLayer)]
+    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if is_masked(layer)]
     def _forget(self): self._seen = None
 
     def _follow(self):
@@ -157,7 +157,7 @@ class Watch:
             if around._modules.get(step) is not module: raise self._gone(name, f"{type(module).__name__} {step!r} in {type(around).__name__} was replaced")
         for name, layer, weight in self._weights:
             home, key = home_of(layer)
-            if key not in mask_owners(home): raise self._gone(name, "its layer was made a plain one again")
+            if not is_masked(layer): raise self._gone(name, "its layer was made a plain one again")
             if home._parameters.get(key) is not weight: raise self._gone(name, "the parameter was replaced")
         if self._stepped or not self._hooks: return
         moved = [name for (name, _, weight), version in zip(self._weights, self._versions) if _version(weight) != version]

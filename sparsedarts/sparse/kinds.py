@@ -94,10 +94,11 @@ class DenseWarning(UserWarning):
     "Some weights of a network have no mask, because their kind of layer has none."
 
 def left_dense(
-    network: nn.Module,   # any
-) -> dict[str, tuple]:    # module name -> (its class, its weights), in the network's order
+    network: nn.Module,                     # any
+    reached: list[Tensor] | None = None,    # weights that are not meant; None: all that masks can reach
+) -> dict[str, tuple]:                      # module name -> (its class, its weights), in the network's order
     "The weights that no mask can reach."
-    sizes, seen, known = {}, set(), {id(weight) for weight in maskable_weights(network).values()}
+    sizes, seen, known = {}, set(), {id(weight) for weight in (maskable_weights(network).values() if reached is None else reached)}
     modules = dict(network.named_modules())
     for path, module in modules.items():
         home = path.partition("parametrizations.")[0].rstrip(".") if isinstance(module, ParametrizationList) else path
@@ -115,16 +116,18 @@ def warn_left_dense(
     network: nn.Module,          # any
     excluded: set[str],          # module names that are meant to stay dense
     stacklevel: int = 3,         # of the warning, seen from here
+    reached: list[Tensor] | None = None,  # as for `left_dense`
+    what: str = f"masks are for {KIND_NAMES}",
 ) -> None:
     "Name once what stays dense although nobody asked for it, with its share of the network."
-    left = {path: found for path, found in left_dense(network).items() if path not in excluded}
+    left = {path: found for path, found in left_dense(network, reached).items() if path not in excluded}
     if not left: return
     total, size = sum(weight.numel() for weight in network.parameters()), sum(size for _, size in left.values())
     largest = sorted(left, key=lambda path: -left[path][1])
     named = ", ".join(f"{path or '(model)'} ({left[path][0]}, {left[path][1]:,})" for path in largest[:5])
-    warnings.warn(f"{size:,} of {total:,} weights ({size / total:.1%}) stay dense, because such layers have no masks: {named}"
-                  f"{f' and {len(left) - 5} more' if len(left) > 5 else ''}; masks are for {KIND_NAMES}. "
-                  f"If that is meant: exclude={largest[:5]}", DenseWarning, stacklevel=stacklevel)
+    warnings.warn(f"{size:,} of {total:,} parameters ({size / total:.1%}) stay dense, because nothing masks such layers: {named}"
+                  f"{f' and {len(left) - 5} more' if len(left) > 5 else ''}; {what}. If that is meant: exclude={largest[:5]}",
+                  DenseWarning, stacklevel=stacklevel)
 
 # %% ../../nbs/02_sparse/kinds.ipynb #da94ba8e
 def outside_inference(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENCODER_LAYERS', 'is_chosen', 'chosen_layers', 'unwrapped', 'check_convertible', 'sparsify', 'convert_layers',
            'warn_if_dense', 'weight_names', 'masked_layers', 'awake_weights', 'check_held', 'zero_removed', 'masks_of',
-           'apply_masks', 'put_masks', 'densify', 'make_plain', 'dense_gradients']
+           'beside', 'apply_masks', 'put_masks', 'densify', 'make_plain', 'dense_gradients']
 
 # %% ../../nbs/02_sparse/layers.ipynb #f2bf981e
 import contextlib
@@ -214,7 +214,17 @@ def masks_of(
     layers = masked_layers(model)
     if not layers: raise ParameterError(f"{type(model).__name__} has no masked layers: call sparsify(model) or prune(model, ...) first")
     check_held(model)
-    return Masks({name: layer.mask for name, layer in layers.items()})
+    return beside({name: layer.mask for name, layer in layers.items()}, model)
+
+def beside(
+    masks: Mapping[str, Tensor],  # name of the weight -> 0 and 1, of some masked layers
+    model: nn.Module,             # their network
+) -> Masks:
+    "Masks that know of the parameters beside them."
+    parameters, layers = dict(unwrapped(model).named_parameters()), masked_layers(model)
+    total = sum(parameter.numel() for name, parameter in parameters.items() if name not in masks)
+    gone = sum(layer.mask.numel() - int(layer.mask.count_nonzero()) for name, layer in layers.items() if name not in masks)
+    return Masks(masks, (total - gone, total))
 
 # %% ../../nbs/02_sparse/layers.ipynb #a2a4cb34
 @outside_inference

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['masked_product', 'KeptGradient', 'SoftWeight', 'StraightThrough', 'masked_weight', 'note_mask', 'true_mask',
            'effective_weight', 'MaskedWeight', 'MaskedLayer', 'MaskedLinear', 'MaskedOutput', 'MaskedConv1d',
-           'MaskedConv2d', 'MaskedConv3d', 'MaskedTransposed', 'MaskedConvTranspose1d', 'MaskedConvTranspose2d',
+           'MaskedConv2d', 'MaskedConv3d', 'Transposing', 'MaskedConvTranspose1d', 'MaskedConvTranspose2d',
            'MaskedConvTranspose3d']
 
 # %% ../../nbs/02_sparse/modules.ipynb #25f6705e
@@ -235,21 +235,21 @@ class MaskedConv3d(MaskedLayer, nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor: return self._conv_forward(input, self.effective_weight(), self.bias)
 
 # %% ../../nbs/02_sparse/modules.ipynb #2f32ad02
-class MaskedTransposed(MaskedLayer):
-    "What transposed convolutions share."
+class Transposing:
+    "The forward pass of transposed convolutions; `function` convolves."
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         convolve, rank = self.function, len(self.kernel_size)
         padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, rank, self.dilation)
         return convolve(input, self.effective_weight(), self.bias, self.stride, self.padding, padding, self.groups, self.dilation)
 
-class MaskedConvTranspose1d(MaskedTransposed, nn.ConvTranspose1d):
+class MaskedConvTranspose1d(Transposing, MaskedLayer, nn.ConvTranspose1d):
     "A transposed convolution in one dimension with a mask on its weight."
     plain, function = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
 
-class MaskedConvTranspose2d(MaskedTransposed, nn.ConvTranspose2d):
+class MaskedConvTranspose2d(Transposing, MaskedLayer, nn.ConvTranspose2d):
     "A transposed convolution with a mask on its weight."
     plain, function = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
 
-class MaskedConvTranspose3d(MaskedTransposed, nn.ConvTranspose3d):
+class MaskedConvTranspose3d(Transposing, MaskedLayer, nn.ConvTranspose3d):
     "A transposed convolution in three dimensions with a mask on its weight."
     plain, function = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
