@@ -125,7 +125,7 @@ class Checkpoint:
         try: save_checkpoint(self.path, {"format": 1, "configuration": self.configuration, **state})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}; an earlier checkpoint there is untouched") from error
-        self.last, self.held = time.monotonic(), state.get("step")
+        self.last, self.held = time.monotonic(), state.get("step", state.get("steps_done"))
 
     def load(self,
         schema=dict,   # what the state must hold, see `validated`
@@ -141,7 +141,7 @@ class Checkpoint:
                    for k in sorted({*saved, *self.configuration}) if saved.get(k) != self.configuration.get(k)]
         if changed:
             raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
-        self.held = state.get("step")
+        self.held = state.get("step", state.get("steps_done"))
         return validated(state, schema, self.path, CheckpointError, "delete it to start again, or restore a copy")
 
     def kept(self) -> str:  # for the message of an error, "" where there is no file
