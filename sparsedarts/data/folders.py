@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import DataError
-from .images import ImageFormat, decode, open_image
+from .images import ImageFormat, decode, image_form
 
 # %% ../../nbs/01_data/folders.ipynb #6ff4846d
 PARTS = {"train": "train", "test": "test", "val": "valid", "valid": "valid", "validation": "valid"}  # folder -> part
@@ -118,6 +118,15 @@ class Files:
         both.names, both.labels = np.concatenate([self.names, other.names]), torch.cat([self.labels, other.labels])
         return both
 
+    def fingerprint(self) -> str:  # 8 hexadecimal digits
+        "A checksum of names, sizes and contents, computed once; of more than 256 MB an even sample of the contents."
+        if self._counted: return self._counted
+        sizes = np.array([self.size(index) for index in range(len(self))], dtype=np.int64)
+        total = zlib.crc32(sizes.tobytes(), zlib.crc32(self.names.tobytes()))
+        for index in range(0, len(self), max(1, -(-int(sizes.sum()) // SAMPLED))): total = zlib.crc32(self.read(index), total)
+        self._counted = f"{total:08x}"
+        return self._counted
+
     def __getstate__(self): return {**self.__dict__, "_open": {}}
     def __repr__(self): return f"{len(self)} files in {', '.join(path.name for path in self.containers)}"
 
@@ -175,9 +184,9 @@ def probe_format(
     for files in found.parts.values():
         _, first = np.unique(files.labels.numpy(), return_index=True)
         for index in first.tolist():
-            image = open_image(files.read(index), files.where(index), pixels=False)
-            seen.setdefault((image.height, image.width), files.where(index))
-            colour |= image.mode not in ("1", "L", "LA")
+            height, width, grey = image_form(files.read(index), files.where(index))
+            seen.setdefault((height, width), files.where(index))
+            colour |= not grey
     if size is None and len(seen) > 1:
         text = " and ".join(f"{h}x{w} ({where})" for (h, w), where in list(seen.items())[:2])
         raise DataError(f"the images differ in size: {text}; give size=, for example size=224")
