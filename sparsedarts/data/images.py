@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'LARGEST_IMAGE', 'GREY_MODES', 'ORIENTATIONS', 'readable_formats', 'printable', 'open_image', 'image_form',
-           'ImageFormat', 'fit_channels', 'fit_size', 'image_tensor', 'decode', 'resize_images', 'set_channels',
-           'draw_images']
+           'check_colour', 'ImageFormat', 'fit_channels', 'fit_size', 'image_tensor', 'decode', 'resize_images',
+           'set_channels', 'draw_images']
 
 # %% ../../nbs/01_data/images.ipynb #b48ac4fb
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DataError, check_choice, check_number
+from ..core import DataError, ParameterError, check_choice, check_number
 
 # %% ../../nbs/01_data/images.ipynb #0aba8c1b
 FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",),
@@ -133,6 +133,17 @@ def _without_alpha(
     low, high = image.getchannel("A").getextrema()
     if low != high: image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB").convert(plain)
+
+# %% ../../nbs/01_data/images.ipynb #bd8733d2
+def check_colour(
+    name: str,  # "white", "#ff8800"
+) -> str:       # the name
+    "Refuse what PIL does not know as a colour."
+    from PIL import ImageColor
+    try: ImageColor.getrgb(name)
+    except (ValueError, AttributeError, TypeError):
+        raise ParameterError(f"background must be a colour such as 'white', 'black' or '#ff8800', got {name!r}") from None
+    return name
 
 # %% ../../nbs/01_data/images.ipynb #f5361f2f
 @dataclass(frozen=True)
