@@ -97,7 +97,7 @@ def image_form(
 ) -> tuple[int, int, bool]:   # height and width as it will stand, is it grey?
     "Size and colour of an image, from its header."
     image = _opened(content, where)
-    lies = image.format != "TIFF" and _orientation(image) >= 5  # PIL gives the size of a TIFF as it will stand
+    lies = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL gives the size of a TIFF as it will stand
     height, width = image.size if lies else image.size[::-1]
     return height, width, image.mode in GREY_MODES
 

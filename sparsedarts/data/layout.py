@@ -62,13 +62,14 @@ class _Walk:
                 self._again(place, self.entered[real])
                 continue
             self.entered[real] = place
+            if "/" in place: self.members.append(f"{place}/")
             with os.scandir(real) as entries: found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
             for entry in found:
                 path = f"{place}/{entry.name}"
                 if entry.is_symlink(): self.links.append(path)
                 elif entry.is_dir(): waiting.append(path)
-                elif not entry.is_file(): self.notes.append(f"{path} is neither a file nor a folder")
-                self.members += [f"{path}/"] if entry.is_dir() else [path] if entry.is_file() and not entry.is_symlink() else []
+                elif entry.is_file(): self.members.append(path)
+                else: self.notes.append(f"{path} is neither a file nor a folder")
 
     def follow(self, place: str) -> None:  # "train/cat/0.png", a link
         "Enter the folder, or take the file, that a link leads to."
@@ -104,7 +105,7 @@ def walk_folder(
 ) -> Listing:
     "All paths below the parts of a folder; other sub-folders are not entered."
     walk = _Walk(Path(folder))
-    parts = sorted((entry.is_symlink(), entry.name) for entry in os.scandir(folder) if entry.name in PARTS and entry.is_dir())
+    parts = sorted((entry.is_symlink(), entry.name) for entry in os.scandir(folder) if entry.name in PARTS and (entry.is_symlink() or entry.is_dir()))
     for linked, name in parts: walk.links.append(name) if linked else walk.enter(name)
     while walk.links:
         pending, walk.links = sorted(walk.links), deque()

@@ -198,12 +198,12 @@ def read_batch(
     "Read one batch of the downsampled ImageNet."
     try:
         with open(path, "rb") as file: raw = ArrayUnpickler(file, encoding="latin1").load()
-        pixels, labels = raw["data"], np.asarray(raw["labels"])
+        pixels, labels = raw["data"], np.asarray(raw["labels"]).reshape(len(raw["labels"]))
     except FileNotFoundError: raise DataError(f"no file {path}; expected train_data_batch_1 to train_data_batch_10 and val_data") from None
     except Exception as error: raise DataError(f"{path} is not a batch of the downsampled ImageNet ({error})") from error
     side = int((getattr(pixels, "size", 0) / 3 / max(len(labels), 1)) ** 0.5)
     good = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * side * side) and side > 0
-    if not (good and labels.ndim == 1 and labels.dtype.kind in "iu" and labels.min() >= 1 and labels.max() <= 1000):
+    if not (good and labels.dtype.kind in "iu" and labels.min() >= 1 and labels.max() <= 1000):
         raise DataError(f"{path} does not hold uint8 images of three channels with labels from 1 to 1000")
     return torch.from_numpy(pixels.reshape(-1, 3, side, side)), torch.from_numpy(labels.astype(np.int64) - 1)
 
