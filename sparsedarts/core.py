@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SparseDartsError', 'ParameterError', 'UnknownName', 'DataError', 'MaskError', 'ShapeError', 'CheckpointError',
            'NumericalError', 'CollapseError', 'StorageError', 'RunError', 'expect_error', 'stays', 'Registry',
-           'unknown_name', 'check_choice', 'check_number', 'check_sparsity', 'count_removed', 'count_kept',
-           'derive_seed', 'seed_everything', 'rng_state', 'restore_rng', 'get_device', 'average_over_processes']
+           'unknown_name', 'check_choice', 'check_number', 'not_finite', 'refuse_not_finite', 'check_sparsity',
+           'count_removed', 'count_kept', 'derive_seed', 'seed_everything', 'rng_state', 'restore_rng', 'get_device',
+           'average_over_processes']
 
 # %% ../nbs/00_core/core.ipynb #f3f74ae0
 import difflib
@@ -112,12 +113,16 @@ def unknown_name(
     kind: str,      # what was looked up
     name,           # what was given
     known,          # names that exist
+    listing: str = "",  # where all of them are listed, for the message: "`sparsedarts list --cells`"
+    most: int = 20,     # names in the message; of more, the nearest
 ) -> UnknownName:   # the error, to be raised
     "The error for a name that is not known, with the nearest known ones first."
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
+    known, given = [str(k) for k in known], str(name)[:100]
+    close = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
-    return UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(known) or 'none'}.")
+    shown = known if len(known) <= most else difflib.get_close_matches(given, known, n=most // 3, cutoff=0)
+    rest = f" and {len(known) - len(shown)} more" + (f", listed by {listing}" if listing else "") if len(shown) < len(known) else ""
+    return UnknownName(f"unknown {kind} {name!r:.120}{hint} Known: {', '.join(shown) or 'none'}{rest}.")
 
 # %% ../nbs/00_core/core.ipynb #3d69851e
 def check_choice(
@@ -142,6 +147,39 @@ def check_number(
     right = isinstance(value, Integral if integer else Real) and not isinstance(value, bool) and math.isfinite(value)
     if right and (low is None or value >= low) and (high is None or value <= high): return value
     raise ParameterError(f"{name} must be {kind}{' of ' + bounds if bounds else ''}, got {value!r}")
+
+# %% ../nbs/00_core/core.ipynb #07c9f42e
+def not_finite(
+    values,            # tensors and numbers, in dictionaries and lists of any depth; everything else is passed over
+    name: str = "",    # of the whole
+) -> dict:             # name of a tensor or number -> (how many values are NaN or infinite, of how many)
+    "Where values are NaN or infinite."
+    if isinstance(values, (Mapping, list, tuple)):
+        pairs, found = values.items() if isinstance(values, Mapping) else enumerate(values), {}
+        for key, value in pairs: found |= not_finite(value, f"{name}.{key}" if name else str(key))
+        return found
+    if isinstance(values, (float, np.floating)): return {} if math.isfinite(values) else {name: (1, 1)}
+    if not isinstance(values, torch.Tensor) or values.is_meta or not (values.is_floating_point() or values.is_complex()): return {}
+    values = values.detach().float() if values.element_size() == 1 else values.detach()
+    if values.layout != torch.strided: values = values.to_dense()
+    if values.sum().isfinite(): return {}
+    count = int((~values.isfinite()).sum())
+    return {name: (count, values.numel())} if count else {}
+
+def refuse_not_finite(
+    values,                # see `not_finite`
+    what: str,             # what they are and when: "after step 10, the network"
+    remedy: str,           # what to do
+    error: type[Exception] = NumericalError,  # what to raise
+    known=(),              # names that may hold such values
+) -> None:
+    "Raise an error that names the first value that is NaN or infinite."
+    found = {name: counts for name, counts in not_finite(values).items() if name not in known}
+    if not found: return
+    name, (count, total) = next(iter(found.items()))
+    which = f"{name}" if total == 1 else f"{count} of {total} values of {name}"
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    raise error(f"{what}: {which}{more} {'are' if total > 1 else 'is'} NaN or infinite; {remedy}")
 
 # %% ../nbs/00_core/core.ipynb #c9cce09e
 def check_sparsity(

@@ -130,7 +130,7 @@ def pictures(tmp_path_factory):
     (["train", NB201, "--stem", "imagenet"], "a NAS-Bench-201 network has one stem; leave out --stem imagenet"),
     (["cost", NB201, "--stem", "cifar"], "a NAS-Bench-201 network has one stem"),
     (["train", "DARTS_V2", "--stem", "imagnet"], "unknown stem 'imagnet'; did you mean 'imagenet'"),
-    (["train", "DARTS_V2", "--stem", "cifar", "-o", "stem=cifar"], "the stem is given twice"),
+    (["train", "DARTS_V2", "--stem", "cifar", "-o", "stem=cifar"], "stem is given twice, as --stem cifar and as -o stem=cifar"),
     (["train", "DARTS_V2", "--stem", "imagenet", "--keep", 0.1, "--channels", 3], "channels must be even, got 3")])
 def test_train_and_cost_refuse_what_does_not_belong(words, message, tmp_path):
     refused([*words, *(["--out", tmp_path] if words[0] == "train" else [])], message)

@@ -98,7 +98,7 @@ def test_a_notebook_without_exactly_one_parameters_cell_is_refused(tmp_path, tag
 
 
 @pytest.mark.parametrize("given, kind, message", [
-    (dict(divsor=2), UnknownName, "unknown parameter of toy 'divsor'; did you mean 'divisor'"), (dict(divisor="2"), ParameterError, "divisor must be a int like 1, got '2'"),
+    (dict(divsor=2), UnknownName, "unknown parameter of toy 'divsor'; did you mean 'divisor'"), (dict(divisor="2"), ParameterError, "divisor must be a whole number like 1, got '2'"),
     (dict(seeds=3), ParameterError, "seeds must be a list"), (dict(divisor=True), ParameterError, "got True"), (dict(preset="large"), UnknownName, "unknown preset of toy 'large'")])
 def test_wrong_parameters_are_refused_before_anything_starts(tmp_path, given, kind, message):
     write_notebook(tmp_path, "toy", "1")

@@ -91,9 +91,9 @@ def layer_widths(
     shape: Sequence[int] | None = None,  # 3 stage widths, or depth - 1 widths in network order
 ) -> list[int]:                          # depth - 1 widths: stem, then conv1 and conv2 of every block
     "The output channels of every 3x3 convolution."
-    check_number(depth, "depth", low=8, integer=True)
+    check_number(depth, "depth", low=8, high=12_002, integer=True)
     if (depth - 2) % 6: raise ParameterError(f"depth must be 6n + 2 (20, 32, 44, 56, 110, 1202), got {depth}")
-    if shape is None: stages = [round(c * check_number(width, "width", low=1 / 16)) for c in (16, 32, 64)]
+    if shape is None: stages = [round(c * check_number(width, "width", low=1 / 16, high=1024)) for c in (16, 32, 64)]
     elif width != 1: raise ParameterError(f"give either width or shape, got width={width} and shape={list(shape)}")
     else: stages = [check_number(c, "each width in shape", low=1, integer=True) for c in shape]
     if len(stages) == depth - 1: return stages

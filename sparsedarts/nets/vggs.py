@@ -73,4 +73,4 @@ def vgg(
     check_choice(fc, (1, 3), "number of linear layers fc")
     check_number(classes, "classes", low=1, integer=True)
     check_number(in_channels, "in_channels", low=1, integer=True)
-    return VGG(depth, classes, fc, in_channels, batch_norm, check_number(width, "width", low=1 / 64))
+    return VGG(depth, classes, fc, in_channels, batch_norm, check_number(width, "width", low=1 / 64, high=1024))

@@ -15,24 +15,27 @@ from torch import Tensor, nn
 
 from ..core import ParameterError, Registry, check_choice, derive_seed
 from .oneshot import Criterion
-from ..sparse.layers import MASKED, apply_masks, chosen_layers, densify, masked_layers, masks_of, unwrapped
+from ..sparse.attention import home_of, weight_owners
+from ..sparse.kinds import as_stored, by_unit, left_dense, weight_places
+from ..sparse.layers import apply_masks, chosen_layers, densify, masked_layers, masks_of, unwrapped
 from ..sparse.masks import Masks
-from ..sparse.modules import MaskedLayer
 
 # %% ../../nbs/03_pruning/ablations.ipynb #aa236be8
 def shuffle(
     masks: Mapping[str, Tensor],  # name of the weight -> 0 and 1
     seed: int = 0,                # of the permutations
     within: str = "layer",        # "layer": anywhere in the layer; "unit": among the inputs of the same output unit
+    layers: Mapping = {},         # name of the weight -> layer; tells which are transposed convolutions, whose units count along dimension 1
 ) -> Masks:                       # the same count in every layer (or unit), on the same devices
     "Masks permuted at random (Frankle et al. 2021)."
     check_choice(within, ("layer", "unit"), "within")
     shuffled = {}
     for name, mask in masks.items():
         generator = torch.Generator().manual_seed(derive_seed(seed, "shuffle", name))
-        rows = mask.reshape(1 if within == "layer" else len(mask), -1)
+        units = by_unit(mask, layers.get(name))
+        rows = units.reshape(1 if within == "layer" else len(units), -1)
         order = torch.rand(rows.shape, generator=generator, dtype=torch.float64).argsort(dim=1)
-        shuffled[name] = rows.gather(1, order.to(mask.device)).reshape(mask.shape)
+        shuffled[name] = as_stored(rows.gather(1, order.to(mask.device)).reshape(units.shape), layers.get(name))
     return Masks(shuffled)
 
 # %% ../../nbs/03_pruning/ablations.ipynb #765db0fa
@@ -45,13 +48,12 @@ def random_masks(
 ) -> Masks:                           # exact in total, as `prune` would make them
     "Masks drawn at random."
     network = unwrapped(model)
-    paths = [name for name, layer in network.named_modules() if type(layer) in MASKED or isinstance(layer, MaskedLayer)]
-    left = chosen_layers(paths, network, exclude, "exclude") if exclude is not None else set()
+    places = weight_places(network)
+    left = chosen_layers([*places, *left_dense(network)], network, exclude, "exclude") if exclude is not None else set()
     names, layers = {id(parameter): name for name, parameter in network.named_parameters()}, {}
-    for path in paths:
-        layer = network.get_submodule(path)
-        if path not in left and id(layer._parameters.get("weight")) in names: layers.setdefault(names[id(layer.weight)], layer)
-    if not layers: raise ParameterError(f"{type(network).__name__} has no Conv2d or Linear layer left to mask")
+    for path, module in places.items():
+        for owner in () if path in left else weight_owners(module).values(): layers.setdefault(names[id(owner.weight)], owner)
+    if not layers: raise ParameterError(f"{type(network).__name__} has no layer left to mask")
     generator = torch.Generator().manual_seed(derive_seed(seed, "random masks"))
     return Criterion("random", allocation).masks(network, layers, sparsity, generator=generator)
 
@@ -97,7 +99,7 @@ def shuffled(model, seed, initial, init):
 def random(model, seed, initial, init):
     "The same count in total, anywhere in the masked layers."
     masks = masks_of(model)
-    layers = {id(layer) for layer in masked_layers(model).values()}
+    layers = {id(home_of(layer)[0]) for layer in masked_layers(model).values()}
     drawn = random_masks(model, Fraction(masks.total - masks.kept, masks.total), exclude=lambda name, layer: id(layer) not in layers, seed=seed)
     _rearrange(model, drawn, initial)
 

@@ -125,7 +125,7 @@ class UniformPlus(Allocation):
     def least(self, shapes, sizes):
         "Layers that must keep a number of items, and how many."
         first, last = next(iter(sizes)), next(reversed(sizes))
-        least = {first: sizes[first]} if len(shapes[first]) == 4 else {}
+        least = {first: sizes[first]} if len(shapes[first]) > 2 else {}
         return least | {last: -(-sizes[last] // 5)} if len(shapes[last]) == 2 else least
 
     def share(self, keep, sizes, fixed):

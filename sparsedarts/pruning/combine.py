@@ -62,7 +62,7 @@ def same_counts(
     "Masks with the counts of others, chosen by another score."
     items = Criterion(score or criterion.score, criterion.allocation, criterion.granularity, criterion.data).items(model, layers, generator)
     rows = as_allocation(criterion.allocation).rows
-    return criterion.expand({name: _as_many(items[name], alive, rows) for name, alive in criterion.alive(masks).items()}, layers)
+    return criterion.expand({name: _as_many(items[name], alive, rows) for name, alive in criterion.alive(masks, layers).items()}, layers)
 
 def _as_many(scores, alive, rows):
     "The best items, as many as are alive, in the layer or in each row."

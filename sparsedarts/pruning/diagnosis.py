@@ -9,6 +9,7 @@ __all__ = ['VIEWS', 'ENTRYWISE', 'SEVERAL', 'SUMS', 'RULES', 'Reach', 'leaves', 
 
 # %% ../../nbs/03_pruning/diagnosis.ipynb #44e27b75
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import CollapseError, ParameterError, ShapeError, SparseDartsError, check_number
+from ..sparse.attention import weight_owners
 from ..sparse.cost import CONVOLUTIONS, TRANSPOSED, Cost, cost
 from ..sparse.layers import check_held, densify, masked_layers, masks_of, unwrapped
 from ..sparse.masks import Masks
@@ -151,6 +153,20 @@ def _attended(func, args, kwargs):
         return _everything(func, args, kwargs)
     return v.sum(-2, keepdim=True).expand(shape) + q.sum(-1, keepdim=True) + k.sum((-2, -1), keepdim=True)
 
+# %% ../../nbs/03_pruning/diagnosis.ipynb #81eb3927
+def _attention(func, args, kwargs):
+    named = inspect.signature(func).bind(*args, **kwargs).arguments
+    q, k, v = named["query"], named["key"], named["value"]
+    if not all(isinstance(part, Signal) and part.dim() == q.dim() for part in (q, k, v)): return _everything(func, args, kwargs)
+    apart = [named.get(f"{key}_proj_weight") for key in "qkv"]
+    weights = map(_open, apart) if named.get("use_separate_proj_weight") else _open(named["in_proj_weight"]).chunk(3)
+    q, k, v = (F.linear(part, weight).unflatten(-1, (named["num_heads"], -1)) for part, weight in zip((q, k, v), weights))
+    met = q.sum(-1, keepdim=True) + k.sum((0, -1), keepdim=True)             # (length, ..., heads, 1): what decides the shares
+    made = F.linear((v.sum(0, keepdim=True) + met).flatten(-2), _open(named["out_proj_weight"]))
+    if not named.get("need_weights", True): return made, None
+    shares = met.squeeze(-1).amax(-1).movedim(0, -1)[..., None].expand(*q.shape[1:-2], len(q), len(k))
+    return made, shares if named.get("average_attn_weights", True) else shares.unsqueeze(-3).expand(*q.shape[1:-2], named["num_heads"], len(q), len(k))
+
 # %% ../../nbs/03_pruning/diagnosis.ipynb #28620896
 def _everything(func, args, kwargs):
     def value(part): return part.detach().clone() if isinstance(part, Tensor) else part
@@ -163,7 +179,7 @@ def _everything(func, args, kwargs):
     return mapped(lambda part: met.to(part.dtype).expand(part.shape) if _is_float(part) else part, made)
 
 RULES = {**dict.fromkeys(ENTRYWISE, _entrywise), **dict.fromkeys(SEVERAL, _several), **dict.fromkeys(SUMS, _summed),
-         "setitem": _assigned, "pad": _padded, "interpolate": _resized, "scaled_dot_product_attention": _attended,
+         "setitem": _assigned, "pad": _padded, "interpolate": _resized, "scaled_dot_product_attention": _attended, "multi_head_attention_forward": _attention,
          **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"), _weighted),
          **dict.fromkeys(("matmul", "rmatmul", "bmm", "mm"), _multiplied), **dict.fromkeys(("amax", "amin", "logsumexp"), _reduced),
          **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _pooled),
@@ -221,6 +237,7 @@ def paths(
     with torch.inference_mode(False), torch.enable_grad():
         network = skeleton(model)
         layers = {id(layer._parameters.get("weight")) for layer in network.modules() if isinstance(layer, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))}
+        layers |= {id(owner.weight) for layer in network.modules() for owner in weight_owners(layer).values()}
         weights = {name: weight for name, weight in network.named_parameters() if id(weight) in layers}
         if not weights: raise ParameterError(f"{type(network).__name__} has no convolution or linear layer whose paths could be followed")
         reached = send(network, shape)
@@ -336,9 +353,8 @@ def diagnose(
     network, rows, names = unwrapped(model), {}, {}
     names = {id(parameter): name for name, parameter in network.named_parameters() if name in alive}
     layers, spent = masked_layers(network), {row["layer"]: row for row in counted.rows}
-    for path, layer in network.named_modules():
-        name = names.get(id(layer._parameters.get("weight")))
-        if name is None: continue
+    for path, layer in _followed(network, names):
+        name = names[id(layer.weight)]
         run = spent.get(path or "(model)", dict(macs=0, kept_macs=0))
         if name in rows:  # a weight used by several layers is one row
             for key in ("macs", "kept_macs"): rows[name][key] += run[key]
@@ -351,6 +367,12 @@ def diagnose(
                           dead_inputs=dead[0], dead_outputs=dead[1], note="" if live else "on no path" if kept else "emptied")
     cut = () if reached.any() or not layers else tuple(cuts(model, shape))
     return Diagnosis(tuple(rows.values()), counted, len(reached), int(reached.sum()), cut, bool(layers))
+
+def _followed(network, names):
+    "Paths and owners of the weights that were followed."
+    for path, module in network.named_modules():
+        owners = weight_owners(module) or ({"weight": module} if module._parameters.get("weight") is not None else {})
+        yield from ((path, owner) for owner in owners.values() if id(owner.weight) in names)
 
 # %% ../../nbs/03_pruning/diagnosis.ipynb #41b50f38
 def draw_diagnosis(

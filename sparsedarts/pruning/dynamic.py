@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..core import CheckpointError, ParameterError, Registry, average_over_processes, check_number, check_sparsity
 from .allocation import Allocation, as_allocation, round_counts, select, warn_if_emptied
 from ..sparse.packed import pack_bits, unpack_bits
-from .oneshot import Criterion, prunable_layers, shapes_of
+from .oneshot import Criterion, layers_masked_now, prunable_layers, shapes_of
 from .pruners import check_feasible, check_whole, stream
 from .schedules import Schedule, make_schedule
 from .scores import random, score_layers
 from .selection import top_masks
 from ..sparse.holding import Watch, as_optimizers, check_owned, hold
-from ..sparse.layers import check_held, put_masks
+from ..sparse.kinds import outside_inference
+from ..sparse.layers import beside, check_held, put_masks, warn_if_dense
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e
@@ -131,6 +132,7 @@ def check_moves(
 # %% ../../nbs/03_pruning/dynamic.ipynb #f77ce355
 class DynamicPruner:
     "Moves the weights of a sparse network while it trains; call `step` after every step of the optimiser."
+    @outside_inference
     def __init__(self,
         model: nn.Module,                          # changed in place; made of hard masked layers if it is not yet
         optimizer,                                 # torch.optim.Optimizer of its parameters, or a list of several
@@ -157,9 +159,10 @@ class DynamicPruner:
         self.initial = first_sparsity(self.schedule.target, self.ramps, initial)
         check_moves(self.schedule, allocation, fraction, accumulate)
         optimizers = as_optimizers(optimizer, "DynamicPruner")
-        check_whole(prunable_layers(model, exclude))
+        check_whole(layers_masked_now(model, exclude))
         self.layers = prunable_layers(model, exclude, "hard")
         check_owned(self.layers, optimizers, frozen=False)
+        warn_if_dense(model, exclude, stacklevel=4)
         for level in (self.initial, self.schedule.target): check_feasible(self.criterion, self.layers, level)
         self.model, self.optimizers, self.fraction, self.accumulate = model, optimizers, fraction, accumulate
         self.t, self.awaited, self.sums, self.summed, self.history, self.ever = 0, False, {}, 0, [], None
@@ -171,7 +174,7 @@ class DynamicPruner:
 
     def step(self) -> None:
         "To be called after every step of the optimiser; `MaskError` if it, or a layer, was exchanged."
-        self.watch.check()
+        self.watch.check(self.masks)
         self.t, late = self.t + 1, self.awaited
         if follows(self, self.t): update(self, self.t)
         self.awaited = replaces(self, self.t + 1) or (late and self.t + 1 < self.schedule.last)
@@ -192,7 +195,9 @@ class DynamicPruner:
     def remove(self) -> None: let_go(self)
 
     def __repr__(self):
-        return (f"DynamicPruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept, "
+        kept, total = beside(self.masks, self.model).whole
+        return (f"DynamicPruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept "
+                f"(whole network {kept:,} of {total:,} parameters), "
                 f"{self.explored:.1%} explored, {dynamic_settings(self)}")
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #cdaf4a32

@@ -13,6 +13,7 @@ from ..core import ParameterError, check_number
 from .saliency import image_shape
 from .scores import reduced_by, scores
 from .sensitivity import over_unit
+from ..sparse.kinds import by_unit
 from ..sparse.layers import unwrapped
 from ..sparse.norms import norms_after
 
@@ -26,7 +27,7 @@ def fpgm(
     generator: torch.Generator | None = None,   # not needed here
 ) -> dict[str, Tensor]:                         # layer -> sum of distances, the same for every weight of a filter, float64
     "Sum of the distances of each filter to all others of its layer (He et al. 2019)."
-    return {name: over_unit(distances(layer.weight.detach()).sum(1), layer.weight) for name, layer in layers.items()}
+    return {name: over_unit(distances(by_unit(layer.weight.detach(), layer)).sum(1), layer) for name, layer in layers.items()}
 
 def distances(
     weight: Tensor,            # (out, ...)
@@ -52,7 +53,7 @@ def slimming(
     if lacking:
         few = f"{', '.join(lacking[:4])}{' ...' if len(lacking) > 4 else ''} {'has' if len(lacking) == 1 else 'have'} none"
         raise ParameterError(f"score 'slimming' reads the scale of the batch norm that alone reads a layer's output; {few}: exclude={lacking}")
-    return {name: over_unit(network.get_submodule(pairs[name]).weight.detach().abs(), layer.weight) for name, layer in layers.items()}
+    return {name: over_unit(network.get_submodule(pairs[name]).weight.detach().abs(), layer) for name, layer in layers.items()}
 
 # %% ../../nbs/03_pruning/filters.ipynb #6752134e
 def gamma_penalty(

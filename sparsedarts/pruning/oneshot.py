@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['keep_schedules', 'check_informative', 'capped_shares', 'Capped', 'prefer', 'limits_of', 'check_most', 'select_within',
-           'top_up_within', 'Criterion', 'shapes_of', 'prunable_layers', 'round_sparsities', 'gradients_of_all',
-           'run_rounds', 'undone_on_error', 'start_masks', 'prune']
+           'top_up_within', 'Criterion', 'shapes_of', 'prunable_layers', 'layers_masked_now', 'round_sparsities',
+           'gradients_of_all', 'run_rounds', 'undone_on_error', 'start_masks', 'prune']
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #7d73b46d
 import contextlib
@@ -24,9 +24,10 @@ from . import filters, saliency, sensitivity  # add their scores to the registry
 from .scores import as_score, score_layers
 from .selection import order_keys
 from ..sparse.holding import as_optimizers, check_owned, hold
-from ..sparse.layers import MASKED, apply_masks, check_held, densify, is_chosen, masked_layers, sparsify, unwrapped, weight_names
+from ..sparse.kinds import as_stored, by_unit, maskable_weights, outside_inference, unit_shape
+from ..sparse.layers import (apply_masks, beside, check_held, convert_layers, is_chosen, make_plain, masked_layers, unwrapped,
+                                       warn_if_dense, weight_names)
 from ..sparse.masks import Masks
-from ..sparse.modules import MaskedLayer
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #62b87811
 def check_informative(
@@ -184,17 +185,17 @@ class Criterion:
         "The scores of the items of each layer."
         self.grain.check(shapes_of(layers))
         values = score_layers(model, layers, self.score, self.data, generator)
-        return {name: self.grain.items(value) for name, value in values.items()}
+        return {name: self.grain.items(by_unit(value, layers[name])) for name, value in values.items()}
 
-    def alive(self, masks) -> dict[str, Tensor] | None:
+    def alive(self, masks, layers) -> dict[str, Tensor] | None:
         "The items that masks keep; None stays None."
         if masks is None: return None
-        self.grain.check({name: tuple(mask.shape) for name, mask in masks.items()})
-        return {name: self.grain.alive(mask) for name, mask in masks.items()}
+        self.grain.check(shapes_of({name: layers[name] for name in masks}))
+        return {name: self.grain.alive(by_unit(mask, layers[name])) for name, mask in masks.items()}
 
     def expand(self, chosen, layers) -> Masks:
         "Weight masks of item masks."
-        return Masks({name: self.grain.expand(chosen[name], layer.weight.shape) for name, layer in layers.items()})
+        return Masks({name: as_stored(self.grain.expand(chosen[name], unit_shape(layer)), layer) for name, layer in layers.items()})
 
     def masks(self,
         model: nn.Module,                           # the network
@@ -206,7 +207,7 @@ class Criterion:
         when: str = "",                             # "round 3 of 10", for messages
     ) -> Masks:                                     # inside the pool, with exactly the right number of items
         "Masks at a sparsity."
-        items, alive = self.items(model, layers, generator), self.alive(pool)
+        items, alive = self.items(model, layers, generator), self.alive(pool, layers)
         keep = count_kept(sum(scores.numel() for scores in items.values()), sparsity)
         check_informative(items, alive, keep, layers, self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "score"), when)
         masks = self.expand(select_within(self.grain, items, shapes_of(layers), sparsity, self.allocation, final, alive), layers)
@@ -215,13 +216,13 @@ class Criterion:
     def widen(self, pool, model, layers, final, generator=None) -> Masks:
         "The smallest pool around this one from which the final counts can be chosen."
         items = self.items(model, layers, generator)
-        return self.expand(top_up_within(self.grain, self.alive(pool), items, shapes_of(layers), final, self.allocation), layers)
+        return self.expand(top_up_within(self.grain, self.alive(pool, layers), items, shapes_of(layers), final, self.allocation), layers)
 
 def shapes_of(
     layers: dict[str, nn.Module],  # name of the weight -> layer
-) -> dict[str, tuple]:             # name -> shape
-    "The shapes of the layers' weights."
-    return {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+) -> dict[str, tuple]:             # name -> (outputs, inputs of a group, ...)
+    "The shapes of the layers' weights, output units first."
+    return {name: unit_shape(layer) for name, layer in layers.items()}
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #d7179f5f
 def prunable_layers(
@@ -230,7 +231,14 @@ def prunable_layers(
     mode: str | None = None,   # "soft" or "hard"; None leaves masked layers as they are
 ) -> dict[str, nn.Module]:     # name of the weight -> masked layer, in the network's order
     "Make the layers of a network prunable, and say which they are."
-    sparsify(model, exclude=exclude, mode=mode)
+    convert_layers(model, None, exclude, mode)
+    return layers_masked_now(model, exclude)
+
+def layers_masked_now(
+    model: nn.Module,          # not changed
+    exclude=None,              # as above
+) -> dict[str, nn.Module]:     # name of the weight -> masked layer; empty for a dense network
+    "The masked layers that are not excluded."
     choices = [] if exclude is None else exclude if isinstance(exclude, (list, tuple, set)) else [exclude]
     def kept(name): return not any(is_chosen(choice, name.rpartition(".")[0], unwrapped(model)) for choice in choices)
     return {name: layer for name, layer in masked_layers(model).items() if kept(name)}
@@ -291,25 +299,24 @@ def undone_on_error(
     model: nn.Module,   # changed inside
 ) -> Iterator[None]:
     "Weights, masks, modes and classes of the layers as they were, if the block raises."
-    found = [module for module in unwrapped(model).modules() if type(module) in MASKED or isinstance(module, MaskedLayer)]
-    before = [(layer, layer.weight.detach().clone(), getattr(layer, "mode", None), getattr(layer, "mask", torch.ones(1)).clone())
-              for layer in found if layer._parameters.get("weight") is not None]
+    network = unwrapped(model)
+    weights = {name: weight.detach().clone() for name, weight in maskable_weights(network).items()}
+    before = {name: (layer.mode, layer.mask.clone()) for name, layer in masked_layers(network).items()}
     try: yield
     except BaseException:
-        for layer, weight, mode, mask in before:
-            if not isinstance(layer, MaskedLayer): continue
+        for name, layer in weight_names(network):
             layer.mode = "soft"
-            layer.set_mask(mask.expand(weight.shape))
-            with torch.no_grad(): layer.weight.copy_(weight)
-            if mode is None: densify(layer)
-            else: layer.mode = mode
+            layer.set_mask(before[name][1] if name in before else torch.ones_like(layer.mask))
+            with torch.no_grad(): layer.weight.copy_(weights[name])
+        for name, (mode, _) in before.items(): masked_layers(network)[name].mode = mode
+        make_plain(network, lambda name: name not in before)
         raise
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #b2728960
 def start_masks(
     model: nn.Module,          # changed in place: plain layers become masked ones
     criterion: Criterion,
-    sparsity: Fraction,        # S at the end
+    sparsities: list[Fraction],  # S after each round
     exclude,                   # layers that stay as they are
     mode: str,                 # "hard" or "soft", of the result
     revive: bool,              # weights may return between rounds
@@ -320,13 +327,16 @@ def start_masks(
     if mode == "soft" or revive: apply_masks(model, {name: hard.get(name, torch.ones_like(layer.mask)) for name, layer in layers.items()}, "soft")
     if all(bool(layer.mask.all()) for layer in layers.values()): return layers, None
     pool = Masks({name: layer.mask for name, layer in layers.items()})
-    alive = criterion.alive(pool)
+    alive = criterion.alive(pool, layers)
     total, kept = sum(mask.numel() for mask in alive.values()), sum(int(mask.count_nonzero()) for mask in alive.values())
-    if kept >= count_kept(total, sparsity): return layers, pool
-    raise ParameterError(f"sparsity {float(sparsity):g} would keep {count_kept(total, sparsity)} items, but hard masks have removed all but {kept} "
-                         f"of {total} already; removed weights cannot return: prune a copy of the dense network")
+    first, last = (count_kept(total, sparsity) for sparsity in (sparsities[0], sparsities[-1]))
+    if kept >= (last if revive else first): return layers, pool
+    wanted, when = (last, f"sparsity {float(sparsities[-1]):.4g}") if kept < last else (first, f"the first of {len(sparsities)} rounds")
+    raise ParameterError(f"the network is already pruned to {kept / total:.1%} ({kept:,} of {total:,} items), and {when} would keep {wanted:,}; "
+                         "removed weights cannot return: densify(model) it, or take a fresh network")
 
 # %% ../../nbs/03_pruning/oneshot.ipynb #e59f8f2c
+@outside_inference
 def prune(
     model: nn.Module,                           # changed in place; made of masked layers if it is not yet
     sparsity,                                   # S in [0, 1), share of the prunable weights (or units) removed: 0.98 or "0.98"
@@ -350,11 +360,12 @@ def prune(
     if revive and steps == 1: raise ParameterError("revive=True lets weights return in a later round, and steps is 1; use steps of at least 2")
     generator = torch.Generator().manual_seed(derive_seed(seed, "prune"))
     with undone_on_error(model):
-        layers, pool = start_masks(model, criterion, sparsities[-1], exclude, mode, revive)
+        layers, pool = start_masks(model, criterion, sparsities, exclude, mode, revive)
         masks = run_rounds(model, layers, criterion, sparsities, pool, "soft" if revive else mode, generator, revive)
         if revive: apply_masks(model, masks, mode)
         if optimizers and mode == "hard":
             check_owned(layers, optimizers, frozen=True)
             hold(model, optimizers)
     warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
-    return masks
+    warn_if_dense(model, exclude, stacklevel=4)
+    return beside(masks, model)

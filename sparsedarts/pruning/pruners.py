@@ -18,11 +18,12 @@ from ..core import CheckpointError, ParameterError, check_choice, check_number, 
 from .allocation import Allocation, as_allocation, row_ends, warn_if_emptied
 from .combine import combinations, same_counts
 from .granularity import Granularity
-from .oneshot import Criterion, check_most, prunable_layers, shapes_of
+from .oneshot import Criterion, check_most, layers_masked_now, prunable_layers, shapes_of
 from .released import Released
 from .schedules import Schedule, begins, make_schedule, peak
 from ..sparse.holding import Watch, as_optimizers, check_owned, hold
-from ..sparse.layers import check_held, put_masks
+from ..sparse.kinds import outside_inference
+from ..sparse.layers import beside, check_held, put_masks, warn_if_dense
 from ..sparse.masks import Masks
 from ..sparse.packed import pack_bits, unpack_bits
 
@@ -33,7 +34,7 @@ def check_feasible(
     target: Fraction,              # S
 ) -> None:
     "Raise if the allocation cannot share out the target among these layers."
-    allocation, items = as_allocation(criterion.allocation), criterion.alive({name: torch.ones_like(layer.mask) for name, layer in layers.items()})
+    allocation, items = as_allocation(criterion.allocation), criterion.alive({name: torch.ones_like(layer.mask) for name, layer in layers.items()}, layers)
     ends = allocation.counts(shapes_of(layers), {name: item.numel() for name, item in items.items()}, target)
     if allocation.rows:
         for name, item in items.items(): row_ends(name, item, ends[name])
@@ -41,11 +42,12 @@ def check_feasible(
 
 def check_whole(
     layers: dict[str, nn.Module],  # name of the weight -> masked layer
-) -> Masks:                        # masks of ones
+) -> None:
     "Raise if a network is pruned already, because a schedule starts from a whole one."
-    masks = Masks({name: layer.mask for name, layer in layers.items()})
-    if masks.kept == masks.total: return masks
-    raise ParameterError(f"the network is pruned already (density {masks.density:.4g}) and a schedule starts from a whole one; call densify(model) first, or make a new model")
+    kept, total = (sum(int(count(layer.mask)) for layer in layers.values()) for count in (torch.count_nonzero, torch.numel))
+    if kept == total: return
+    raise ParameterError(f"the network is already pruned to {kept / total:.1%} ({kept:,} of {total:,} weights), and a schedule starts from a whole one: "
+                         "densify(model) it, or take a fresh network")
 
 # %% ../../nbs/03_pruning/pruners.ipynb #ed4f271a
 def has_hard(
@@ -84,6 +86,7 @@ def released_rules(
 # %% ../../nbs/03_pruning/pruners.ipynb #11b2c853
 class Pruner:
     "Renews a network's masks on a schedule; call `step` after every step of the optimiser."
+    @outside_inference
     def __init__(self,
         model: nn.Module,                           # changed in place; made of masked layers if it is not yet
         optimizer,                                  # torch.optim.Optimizer of its parameters, or a list of several; soft masks can do without: None
@@ -114,9 +117,10 @@ class Pruner:
         check_settings(self.schedule, combine, mode)
         self.released = released_rules(self.schedule, combine, self.criterion, mode) if compat else None
         optimizers = () if optimizer is None and mode == "soft" else as_optimizers(optimizer, "Pruner")
-        check_whole(prunable_layers(model, exclude))
+        check_whole(layers_masked_now(model, exclude))
         self.layers = prunable_layers(model, exclude, mode)
         if optimizers: check_owned(self.layers, optimizers, frozen=True)
+        warn_if_dense(model, exclude, stacklevel=4)
         check_feasible(self.criterion, self.layers, self.schedule.target)
         self.model, self.mode, self.combine, self.seed = model, mode, combine, seed
         self.masks, self.pool, self.begin = Masks({name: layer.mask for name, layer in self.layers.items()}), None, Fraction(0)
@@ -128,7 +132,7 @@ class Pruner:
 
     def step(self) -> None:
         "To be called after every step of the optimiser; `MaskError` if it, or a layer, was exchanged."
-        self.watch.check()
+        self.watch.check(self.masks)
         self.t += 1
         move(self)
         self.watch.note()
@@ -153,7 +157,9 @@ class Pruner:
         load_pruner(self, state)
 
     def __repr__(self):
-        return (f"Pruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept, {self.mode} masks, "
+        kept, total = beside(self.masks, self.model).whole
+        return (f"Pruner at step {self.t} of {self.schedule.steps}: {self.masks.kept:,} of {self.masks.total:,} weights kept (whole network "
+                f"{kept:,} of {total:,} parameters), {self.mode} masks, "
                 f"{self.schedule!r}{f', {self.combine} of the cycles' if self.combine else ''}{', as released' if self.released else ''}")
 
 # %% ../../nbs/03_pruning/pruners.ipynb #f11bbf44
@@ -214,7 +220,7 @@ def begin_cycle(
     def again(masks, score): return same_counts(masks, *parts, score, stream(pruner, "combine"))
     inherited = combinations[pruner.combine](pruner.saved, again)
     pruner.pool = pruner.criterion.widen(inherited, pruner.model, pruner.layers, target, stream(pruner, "score", cycle))
-    alive = pruner.criterion.alive(pruner.pool)
+    alive = pruner.criterion.alive(pruner.pool, pruner.layers)
     pruner.begin = 1 - Fraction(sum(int(mask.sum()) for mask in alive.values()), sum(mask.numel() for mask in alive.values()))
     set_masks(pruner, pruner.pool, "combine", pruner.begin)
 

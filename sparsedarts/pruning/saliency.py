@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Examples', 'balanced', 'deal', 'own_random', 'class_count', 'from_split', 'from_pairs', 'examples', 'drawn',
-           'untouched', 'first_tensor', 'mean_loss', 'gradients', 'as_inputs', 'derived', 'looking', 'batch_mean',
-           'snip', 'grasp', 'image_shape', 'synflow']
+           'untouched', 'first_tensor', 'mean_loss', 'gradients', 'as_inputs', 'derived', 'looking', 'meet',
+           'batch_mean', 'snip', 'grasp', 'image_shape', 'synflow']
 
 # %% ../../nbs/03_pruning/saliency.ipynb #5df4c427
 import contextlib
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import DataError, ParameterError, ShapeError, SparseDartsError, check_number, derive_seed, restore_rng, rng_state
+from ..core import (DataError, ParameterError, ShapeError, SparseDartsError, average_over_processes, check_number, derive_seed,
+                              restore_rng, rng_state)
 from ..data.splits import Split
 from .scores import reduced_by, scores
 from ..sparse.layers import unwrapped
@@ -37,6 +38,7 @@ class Examples:
     seed: int | None = None            # which images; None: as the run's generator says
     redraw: bool = False               # other images every time a score is computed, as in rounds of pruning
     loss: Callable | None = None       # (output, y) -> scalar; None: cross-entropy
+    alone: bool = False                # True: this process only; False: in a torch.distributed training the mean over all processes
 
     def __post_init__(self):
         if isinstance(self.data, Examples): raise ParameterError("Examples take data, not other Examples")
@@ -211,7 +213,7 @@ def drawn(
 ) -> Examples:                                  # of a list of pairs
     "The same way of looking, at images that are drawn now."
     wanted = data if isinstance(data, Examples) else Examples(data)
-    return Examples(examples(wanted, score, generator), training=wanted.training, seed=wanted.seed, loss=wanted.loss)
+    return Examples(examples(wanted, score, generator), training=wanted.training, seed=wanted.seed, loss=wanted.loss, alone=wanted.alone)
 
 # %% ../../nbs/03_pruning/saliency.ipynb #2911e1c0
 @contextlib.contextmanager
@@ -311,20 +313,29 @@ def looking(
             for w in frozen: w.requires_grad_(False)
 
 # %% ../../nbs/03_pruning/saliency.ipynb #55da68b1
+def meet(
+    values: list[Tensor],   # one of each layer, changed in place
+    data,                   # what the score looked at; `Examples(alone=True)` meets nobody
+) -> None:
+    "The mean over all processes of a running `torch.distributed` training, each with its own data."
+    if not getattr(data, "alone", False): average_over_processes(values)
+
 def batch_mean(
     model: nn.Module,                           # the network; left unchanged
     layers: dict[str, nn.Module],               # name of the weight -> layer
     data,                                       # see `examples`
     score: str,                                 # who asks, for messages
     generator: torch.Generator | None = None,   # decides which images
-    term: Callable | None = None,               # of weight and gradient; the gradient itself if None
+    term: Callable | None = None,               # of weight, gradient and layer; the gradient itself if None
 ) -> dict[str, Tensor]:                         # layer -> mean over the batches
     "The mean over the batches of something made of each weight and its gradient."
     with looking(model, layers, data, score, generator) as (weights, batches, options):
         total = [0] * len(weights)
         for x, y in batches:
             found = gradients(model, weights, x, y, **options)
-            total = [t + (g if term is None else term(w.detach(), g)) / len(batches) for t, w, g in zip(total, weights, found)]
+            if term is not None: found = [term(w.detach(), g, layer) for w, g, layer in zip(weights, found, layers.values())]
+            total = [t + value / len(batches) for t, value in zip(total, found)]
+    meet(total, data)
     return dict(zip(layers, total))
 
 @scores.register("snip")
@@ -350,10 +361,12 @@ def grasp(
     with looking(model, layers, data, "grasp", generator) as (weights, batches, options):
         flow, products = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
         for x, y in batches: flow = [f + g / len(batches) for f, g in zip(flow, gradients(model, weights, x, y, temperature=200, **options))]
+        meet(flow, data)
         for x, y in batches:
             live = gradients(model, weights, x, y, temperature=200, graph=True, **options)
             dot = sum((g * f).sum() for g, f in zip(live, flow)) / len(batches)
             products = [p + h for p, h in zip(products, derived(dot, weights))]
+        meet(products, data)
     return {name: w.detach() * p for name, w, p in zip(layers, weights, products)}
 
 # %% ../../nbs/03_pruning/saliency.ipynb #3fee0cb8

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['taylor', 'taylor_unit', 'over_unit', 'fisher_diagonal', 'obd', 'force', 'grasp_it', 'three_sp', 'unit_macs',
-           'three_sp_compute', 'met_squares', 'input_norms', 'wanda']
+           'check_called', 'three_sp_compute', 'met_squares', 'input_norms', 'wanda']
 
 # %% ../../nbs/03_pruning/sensitivity.ipynb #265eba80
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import ParameterError
-from .saliency import Examples, as_inputs, batch_mean, drawn, gradients, looking
+from .saliency import Examples, as_inputs, batch_mean, drawn, gradients, looking, meet
 from .scores import reduced_by, scores
+from ..sparse.attention import Projection
 from ..sparse.cost import cost
+from ..sparse.kinds import TRANSPOSED, as_stored, by_unit, unit_shape
 from ..sparse.layers import unwrapped, weight_names
 
 # %% ../../nbs/03_pruning/sensitivity.ipynb #be4e980a
@@ -26,7 +29,7 @@ def taylor(
     generator: torch.Generator | None = None,   # decides which images
 ) -> dict[str, Tensor]:                         # layer -> mean of (w g)^2 in the weight's shape, float64
     "First-order Taylor importance of single weights (Molchanov et al. 2019)."
-    return batch_mean(model, layers, data, "taylor", generator, lambda w, g: (w * g).double().square())
+    return batch_mean(model, layers, data, "taylor", generator, lambda w, g, layer: (w * g).double().square())
 
 @scores.register("taylor-unit")
 @reduced_by("max")
@@ -37,15 +40,16 @@ def taylor_unit(
     generator: torch.Generator | None = None,   # decides which images
 ) -> dict[str, Tensor]:                         # layer -> mean of (sum of w g over the unit)^2, the same for every weight of it, float64
     "First-order Taylor importance of whole units (Molchanov et al. 2019)."
-    term = lambda w, g: (w * g).flatten(1).sum(1, dtype=torch.float64).square()
-    return {name: over_unit(value, layers[name].weight) for name, value in batch_mean(model, layers, data, "taylor-unit", generator, term).items()}
+    term = lambda w, g, layer: by_unit(w * g, layer).flatten(1).sum(1, dtype=torch.float64).square()
+    return {name: over_unit(value, layers[name]) for name, value in batch_mean(model, layers, data, "taylor-unit", generator, term).items()}
 
 def over_unit(
-    values: Tensor,   # (out,), one for each unit
-    weight: Tensor,   # (out, ...)
-) -> Tensor:          # in the weight's shape, a view
+    values: Tensor,     # (out,), one for each unit
+    layer: nn.Module,   # plain or masked
+) -> Tensor:            # in the weight's shape
     "A value of each unit given to all its weights."
-    return values.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
+    shape = unit_shape(layer)
+    return as_stored(values.view(-1, *[1] * (len(shape) - 1)).expand(shape), layer)
 
 # %% ../../nbs/03_pruning/sensitivity.ipynb #8765197b
 def fisher_diagonal(
@@ -64,6 +68,7 @@ def fisher_diagonal(
         for x, y in batches:
             for i in range(len(x)):
                 for t, g in zip(total, gradients(model, weights, x[i:i + 1], y[i:i + 1], **options)): t.add_(g.double().square(), alpha=1 / count)
+    meet(total, data)
     return dict(zip(layers, total))
 
 @scores.register("obd")
@@ -128,7 +133,18 @@ def unit_macs(
     for row in cost(network, shape).rows:
         name = names.get(id(paths[row["layer"]]._parameters.get("weight"))) if row["layer"] in paths else None
         if name is not None: macs[name] += row["macs"]
-    return {name: count / len(layers[name].weight) for name, count in macs.items()}
+    return {name: count / unit_shape(layers[name])[0] for name, count in macs.items()}
+
+def check_called(
+    layers: dict[str, nn.Module],   # name of the weight -> layer
+    score: str,                     # who asks, for the message
+) -> None:
+    "Raise if a layer is a projection of an attention, which nobody calls, so that its inputs cannot be watched."
+    inside = [name for name, layer in layers.items() if isinstance(layer, (Projection, NonDynamicallyQuantizableLinear))]
+    if not inside: return
+    paths = sorted({name.rpartition(".")[0].removesuffix(".out_proj") for name in inside})
+    raise ParameterError(f"score {score!r} watches what layers are given, and an attention hands the inputs of its projections to nobody "
+                         f"({inside[0]!r}): use another score, or exclude={paths}")
 
 @scores.register("3sp-compute")
 @reduced_by("abs-sum")
@@ -139,21 +155,27 @@ def three_sp_compute(
     generator: torch.Generator | None = None,   # decides which images
 ) -> dict[str, Tensor]:                         # layer -> w g per multiply-accumulate of a unit, signed, in the weight's shape
     "Sensitivity of output channels for what they cost (van Amersfoort et al. 2020)."
+    check_called(layers, "3sp-compute")
     data = drawn(data, "3sp-compute", generator)
     found, macs = three_sp(model, layers, data), unit_macs(model, layers, tuple(data.data[0][0].shape[1:]))
     return {name: score / max(1, macs[name]) for name, score in found.items()}
 
 # %% ../../nbs/03_pruning/sensitivity.ipynb #f130e4f8
 def met_squares(
-    layer: nn.Module,   # Conv2d or Linear
-    x: Tensor,          # its input: (B, C, H, W) or (..., in)
+    layer: nn.Module,   # a convolution, transposed or not, or a linear layer
+    x: Tensor,          # its input: (B, C, ...), (C, ...) or (..., in)
 ) -> Tensor:            # sum of the squares each weight multiplied, in the weight's shape, float64
     "What the weights of a layer met in one call."
     squares = x.detach().double().square()
     if isinstance(layer, nn.Linear): return squares.flatten(0, -2).sum(0).expand(layer.weight.shape)
-    weight = torch.zeros_like(layer.weight, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad(): made = layer._conv_forward(squares.sum(0, keepdim=True) if x.dim() == 4 else squares, weight, None).sum()
-    return torch.autograd.grad(made, weight)[0]
+    weight, rank = torch.zeros_like(layer.weight, dtype=torch.float64, requires_grad=True), len(layer.kernel_size)
+    if x.dim() == rank + 2: squares = squares.sum(0, keepdim=True)
+    with torch.enable_grad():
+        if isinstance(layer, TRANSPOSED):
+            convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+            made = convolve(squares, weight, None, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        else: made = layer._conv_forward(squares, weight, None)
+        return torch.autograd.grad(made.sum(), weight)[0]
 
 def input_norms(
     model: nn.Module,                           # the network; left unchanged
@@ -163,6 +185,7 @@ def input_norms(
     generator: torch.Generator | None = None,   # decides which images
 ) -> dict[str, Tensor]:                         # layer -> norm in the weight's shape, float64; zeros for a layer that did not run
     "The L2 norm of the inputs that each weight multiplies, over all images."
+    check_called(layers, score)
     network, sums = unwrapped(model), {name: torch.zeros_like(layer.weight, dtype=torch.float64) for name, layer in layers.items()}
     names = {id(layer.weight): name for name, layer in layers.items()}
     def note(layer, given): sums[names[id(layer.weight)]] += met_squares(layer, given[0])
@@ -172,6 +195,7 @@ def input_norms(
             for x, _ in batches: network(as_inputs(x, weights[0]))
         finally:
             for hook in hooks: hook.remove()
+    meet(list(sums.values()), data)
     return {name: total.sqrt() for name, total in sums.items()}
 
 @scores.register("wanda")

@@ -9,6 +9,7 @@ __all__ = ['START', 'locked', 'is_locked', 'leave', 'run_kernel', 'Kernel', 'man
 import atexit
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -165,6 +166,16 @@ def heading_above(
 # %% ../../nbs/08_reporting/kernels.ipynb #0395bf69
 _papermill = threading.Lock()
 
+def _reason(error, output):
+    "Why a cell failed, in plain text, where its error says nothing too: what it wrote to standard error, or the line that failed."
+    if error.evalue.strip(): return f"{error.ename}: {error.evalue}"
+    import nbformat
+    arrow = next((line for text in error.traceback for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if re.match(r"-+> *\d+ ", line)), "")
+    if arrow: return f"{error.ename} in the line {arrow.split(maxsplit=2)[-1]!r}"
+    failed = [cell for cell in nbformat.read(output, 4).cells if cell.metadata.get("papermill", {}).get("exception")]
+    written = [line for cell in failed for out in cell.outputs if out.get("name") == "stderr" for line in out.text.splitlines() if line.strip()]
+    return written[-1] if written else f"{error.ename} in a cell that begins {error.source.strip().splitlines()[0]!r}"
+
 def execute(
     source: Path,                     # the notebook
     output: Path,                     # where the executed copy goes, cell by cell
@@ -187,7 +198,7 @@ def execute(
         papermill.execute_notebook(str(source), str(output), parameters=parameters, engine_name=engine, kernel_name="python3", language="python",
                                    progress_bar=False, start_timeout=180, kernel_manager_class=manager_class(kernel), on_cell=at_cell)
     except papermill.PapermillExecutionError as error:
-        raise RunError(f"{place}: {error.ename}: {error.evalue}") from None
+        raise RunError(f"{place}: {_reason(error, output)}") from None
     except Exception as error:
         if kernel.reason: raise RunError(kernel.reason) from None
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

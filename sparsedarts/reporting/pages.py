@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from ..core import DataError, ParameterError, RunError
-from ..files import atomic_write, project_root, write_json
+from ..files import atomic_write, project_root, whole_folder, write_json
 from .claims import VERDICTS, Verdicts, claims_html
 from .notebooks import find_paper, papers, studies
 from .rendering import notebook_html, page_html
@@ -58,7 +58,7 @@ def failure_html(
     "A failed or stopped run says so, and why."
     if fact["status"] == "done": return ""
     text = {"failed": "This run failed.", "stopped": "This run was stopped before its end; the same command continues it.",
-            "running": "This run is not finished."}[fact["status"]]
+            "running": "This run is not finished.", "damaged": "The files of this run are damaged; its next start does it again."}[fact["status"]]
     error = f"<pre>{html.escape(fact['error'])}</pre>" if fact["error"] else ""
     return f'<div class="failed"><strong>{text}</strong>{error}</div>'
 
@@ -84,29 +84,38 @@ def run_page(
     return page_html(title, top + notebook_html(notebook, root / "nbs" / ("studies" if run.paper in studies(root) else "papers"), target))
 
 # %% ../../nbs/08_reporting/pages.ipynb #de9dba43
+def _size(picture):
+    "Width and height of a whole PNG; () for bytes that are none."
+    from PIL import Image
+    with contextlib.suppress(Exception):
+        with Image.open(io.BytesIO(picture), formats=["PNG"]) as image:
+            image.load()
+            return image.size
+    return ()
+
 def pictures_of(
     run: Run,
 ) -> list[bytes]:   # PNG files
     "The figures that the run lists in its results, or else all pictures in its notebook."
     import nbformat
     files = [run.folder / name for name in (run.results() or {}).get("figures", []) if name.endswith(".png")]
-    listed = [path.read_bytes() for path in files if path.exists()]
+    listed = [picture for path in files if path.is_file() and _size(picture := path.read_bytes())]
     if listed or not (run.folder / "notebook.ipynb").exists(): return listed
     with contextlib.suppress(Exception):
         cells = nbformat.read(run.folder / "notebook.ipynb", as_version=4).cells
         outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
-        return [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+        return [picture for o in outputs if "image/png" in o.get("data", {}) and _size(picture := base64.b64decode(o.data["image/png"]))]
     return []
 
 def main_picture(
     run: Run,
 ) -> bytes:         # PNG, or b"" where the run has no picture
     "The run's first listed figure, or the last in its notebook that is not a narrow strip."
-    from PIL import Image
-    if (run.folder / "figure.png").exists(): return (run.folder / "figure.png").read_bytes()
+    own = run.folder / "figure.png"
+    if own.is_file() and _size(picture := own.read_bytes()): return picture
     pictures = pictures_of(run)
     if not pictures or (run.results() or {}).get("figures"): return pictures[0] if pictures else b""
-    def full(picture): return (size := Image.open(io.BytesIO(picture)).size)[1] > 0.45 * size[0]
+    def full(picture): return (size := _size(picture))[1] > 0.45 * size[0]
     return next(filter(full, reversed(pictures)), pictures[-1])
 
 def thumbnail(
@@ -156,7 +165,7 @@ def card_html(
     image = f'<div class="thumb"><img src="data:image/png;base64,{picture}" alt="{alt}"></div>' if picture else ""
     head = f'<h2><a href="{link}">{html.escape(title)}</a>{" (committed sample)" if run.sample else ""}</h2>'
     text = f'<div class="text">{head}{facts_html(fact)}{failure_html(fact)}{headline_html(fact)}</div>'
-    return f'<article class="card{" failed" if run.status == "failed" else ""}">{image}{text}</article>'
+    return f'<article class="card{" failed" if run.status in ("failed", "damaged") else ""}">{image}{text}</article>'
 
 # %% ../../nbs/08_reporting/pages.ipynb #9f83b528
 def index_page(
@@ -168,8 +177,8 @@ def index_page(
     for run, link in runs: groups.setdefault((run.paper, run.preset, run.sample), []).append(card_html(run, link, titles.get(run.paper, run.paper)))
     older = "<details><summary>{} older run{} of the same paper and preset</summary>{}</details>"
     body = "".join(first + (older.format(len(rest), "s" if len(rest) > 1 else "", "".join(rest)) if rest else "") for first, *rest in groups.values())
-    done, failed = (sum(run.status == status for run, _ in runs) for status in ("done", "failed"))
-    failures = f", {failed} failed" if failed else ""
+    done, failed, damaged = (sum(run.status == status for run, _ in runs) for status in ("done", "failed", "damaged"))
+    failures = (f", {failed} failed" if failed else "") + (f", {damaged} damaged" if damaged else "")
     intro = (f"<p>{len(runs)} run{'' if len(runs) == 1 else 's'}: {done} finished{failures}. "
              "Verdicts are computed from paired seeds by rules that stand beside the claims; an interval that contains the bound decides nothing.</p>")
     empty = "<p>No runs yet. Start one with <code>sparsedarts reproduce unionmask</code>.</p>"
@@ -205,14 +214,15 @@ def keep_sample(
     root, run = Path(root).resolve() if root else project_root(), read_run(Path(folder).resolve())
     if run is None or run.status != "done" or run.results() is None:
         raise ParameterError(f"{folder} is not a finished run; only finished runs become samples")
-    target = root / "reports" / "samples" / (name or f"{run.paper}-{run.preset}")
-    if target.exists(): shutil.rmtree(target)
-    target.mkdir(parents=True)
-    shutil.copy(run.folder / "results.json", target / "results.json")
-    write_json(target / "run.json", {k: v for k, v in run.as_dict().items() if k not in ("folder", "fresh", "sample")})
-    picture = main_picture(run)
-    if picture: atomic_write(target / "figure.png", picture)
-    atomic_write(target / "report.html", run_page(run, target, root))
+    samples, name = root / "reports" / "samples", name or f"{run.paper}-{run.preset}"
+    if Path(name).name != name: raise ParameterError(f"a sample is a folder in {samples}, and {name!r} is not the name of one; give another name")
+    target = samples / name
+    content, picture = (run.folder / "results.json").read_bytes(), main_picture(run)
+    with whole_folder(target) as folder:
+        atomic_write(folder / "results.json", content)
+        write_json(folder / "run.json", {k: v for k, v in run.as_dict().items() if k not in ("folder", "fresh", "sample")})
+        if picture: atomic_write(folder / "figure.png", picture)
+        atomic_write(folder / "report.html", run_page(run, target, root))
     return target
 
 # %% ../../nbs/08_reporting/pages.ipynb #c1eacf3b

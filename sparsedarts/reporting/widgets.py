@@ -33,7 +33,7 @@ def check_steps(
     def shapes(masks): return {name: mask.shape for name, mask in masks.items()}
     label_of_first, first = next(iter(steps.items()))
     for label, masks in steps.items():
-        if not isinstance(masks, Masks): raise ParameterError(f"{label!r} is a {type(masks).__name__}, not Masks")
+        if not isinstance(masks, Masks): raise ParameterError(f"{label!r} must be Masks, got {masks!r:.100}")
         if shapes(masks) != shapes(first): raise ShapeError(f"the masks of {label!r} belong to another network than those of {label_of_first!r}")
     return dict(steps)
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..core import NumericalError, ParameterError, ShapeError, SparseDartsError, check_number
 from .channels import LAYERS, NORMS, Flow, follow_channels, is_depthwise
 from .cost import Latency, cost, latency
+from .kinds import outside_inference
 from .layers import check_held, chosen_layers, densify, unwrapped
 
 # %% ../../nbs/02_sparse/compaction.ipynb #17d1f6ae
@@ -325,6 +326,7 @@ def largest(
     return max(float((a - b).abs().max()) for a, b in zip(first, second or map(torch.zeros_like, first)))
 
 # %% ../../nbs/02_sparse/compaction.ipynb #1e78f1a5
+@outside_inference
 def compact(
     model: nn.Module,            # masked, or plain with zero weights; not changed
     example: Tensor | Sequence,  # a batch of inputs (B, ...), or the shape of one: (3, 32, 32)
@@ -337,10 +339,10 @@ def compact(
     network = plain_copy(model)
     x, modes = example_input(network, example), [(module, module.training) for module in network.modules()]
     with torch.no_grad():
-        whole, before = run_example(network.eval(), x), cost(network, x.shape[1:])
+        whole, before = run_example(network.eval(), x), cost(network, x[:1])
         flow = follow_channels(network, x[:2] if len(x) > 1 else torch.cat([x, x]))
         record = take_out(network, flow, x, fold, round_to, exclude)
-        after, difference = cost(network, x.shape[1:]), largest(whole, run_example(network, x))
+        after, difference = cost(network, x[:1]), largest(whole, run_example(network, x))
     for module, training in modes: module.training = training
     record = Compaction(before.params, after.params, before.macs, after.macs, difference, largest(whole), **record)
     network.difference, network.compaction, network.extra_repr = difference, record, record.__repr__

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..core import MaskError, ParameterError
+from .attention import home_of, is_masked
 from .layers import masked_layers, unwrapped, weight_names
-from .modules import MaskedLayer, _version
+from .modules import _version
 
 # %% ../../nbs/02_sparse/holding.ipynb #b74dd387
 KEEPS_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop,
@@ -99,7 +100,7 @@ class Hold:
         "Let the optimisers go."
         for hook in self._hooks: hook.remove()
 
-    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if isinstance(layer, MaskedLayer)]
+    def _masks(self): return [(id(layer.mask), _version(layer.mask), layer.mode) for layer in self._all if is_masked(layer)]
     def _forget(self): self._seen = None
 
     def _follow(self):
@@ -135,7 +136,8 @@ class Watch:
         self._links, self._weights = {}, []
         for name, layer in layers.items():
             self._weights.append((name, layer, layer.weight))
-            steps = paths[id(layer)].split(".") if layer is not network else []
+            home, _ = home_of(layer)
+            steps = paths[id(home)].split(".") if home is not network else []
             around = network
             for step in steps:
                 self._links[id(around), step] = around, step, around._modules[step], name
@@ -146,16 +148,23 @@ class Watch:
     def _fired(self): self._stepped = True
 
     def note(self) -> None:
-        "Take the weights as they are now."
+        "Take weights and masks as they are now."
         self._stepped, self._versions = False, [_version(weight) for _, _, weight in self._weights]
+        self._masks = [(layer.mask, _version(layer.mask)) for _, layer, _ in self._weights]
 
-    def check(self) -> None:
+    def check(self,
+        masks: Mapping[str, torch.Tensor],  # name of the weight -> the mask that should be there
+    ) -> None:
         "Raise `MaskError` if something was exchanged since `note`."
         for around, step, module, name in self._links.values():
             if around._modules.get(step) is not module: raise self._gone(name, f"{type(module).__name__} {step!r} in {type(around).__name__} was replaced")
         for name, layer, weight in self._weights:
-            if not isinstance(layer, MaskedLayer): raise self._gone(name, "its layer was made a plain one again")
-            if layer._parameters.get("weight") is not weight: raise self._gone(name, "the parameter was replaced")
+            home, key = home_of(layer)
+            if not is_masked(layer): raise self._gone(name, "its layer was made a plain one again")
+            if home._parameters.get(key) is not weight: raise self._gone(name, "the parameter was replaced")
+        for (name, layer, _), (mask, version) in zip(self._weights, self._masks):
+            if layer.mask is mask and _version(mask) == version: continue  # otherwise a copy, as `to` makes it, or another mask
+            if not torch.equal(layer.mask, masks[name].to(layer.mask.device)): raise self._gone(name, "its mask was changed by somebody else")
         if self._stepped or not self._hooks: return
         moved = [name for (name, _, weight), version in zip(self._weights, self._versions) if _version(weight) != version]
         if moved:

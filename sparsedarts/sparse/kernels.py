@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ParameterError, ShapeError, SparseDartsError, check_number, check_sparsity
+from .attention import mask_owners
 from .layers import apply_masks, check_held, densify, masks_of, sparsify, unwrapped
 from .masks import Masks
-from .modules import MaskedLayer, MaskedLinear
+from .modules import MaskedLinear
 
 # %% ../../nbs/02_sparse/kernels.ipynb #bbfe7b55
 class CSRLinear(nn.Module):
@@ -159,7 +160,7 @@ def variants(
 ) -> tuple:                 # name -> network in evaluation mode; name -> why there is none
     "The same network in every form that might be faster."
     masks, made, missing = masks_of(model), {}, {}
-    def masked(mode): return sparsify(copy.deepcopy(unwrapped(model)), include=lambda name, layer: isinstance(layer, MaskedLayer), mode=mode).eval()
+    def masked(mode): return sparsify(copy.deepcopy(unwrapped(model)), include=lambda name, layer: bool(mask_owners(layer)), mode=mode).eval()
     others = {"dense": lambda: densify(apply_masks(masked("hard"), Masks.ones_like(masks))), "soft masks": lambda: masked("soft"),
               "hard masks": lambda: masked("hard"), "CSR linear": lambda: to_csr(model, above), "2:4": lambda: to_semi_structured(model),
               "compacted": lambda: _compacted(model, shape)}

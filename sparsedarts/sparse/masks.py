@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core import CheckpointError, ParameterError, ShapeError, unknown_name
 from ..files import atomic_write
+from .kinds import KIND_NAMES, maskable_weights
 
 # %% ../../nbs/02_sparse/masks.ipynb #2f927cd0
 def checked_mask(
@@ -39,10 +40,12 @@ class Masks(Mapping):
     "Which weights are kept: parameter name -> uint8 tensor of 0 and 1 with the weight's shape. A value: operators give a new one."
     def __init__(self,
         masks: Mapping[str, Tensor],  # parameter name ("stem.conv.weight") -> 0 and 1, of any dtype
+        outside: tuple[int, int] | None = None,  # kept and all parameters of the network that these masks are not about; None: unknown
     ):
         if not isinstance(masks, Mapping) or not masks:
             raise ParameterError(f"masks need a dictionary of at least one name and tensor, got {type(masks).__name__} {masks if not masks else ''}".rstrip())
         self._masks = {name: checked_mask(name, mask) for name, mask in masks.items()}
+        self.outside = outside
 
     def __getitem__(self, name) -> Tensor:
         if name in self._masks: return self._masks[name]
@@ -62,18 +65,21 @@ class Masks(Mapping):
     @property
     def sparsity(self) -> float: return (self.total - self.kept) / self.total
 
+    @property
+    def whole(self) -> tuple[int, int] | None: return self.outside and (self.kept + self.outside[0], self.total + self.outside[1])
+
     def counts(self) -> dict[str, int]: return {name: int(mask.count_nonzero()) for name, mask in self.items()}
     def table(self): return density_table(self)
     def draw(self, names=None, columns=4, limit=160): return draw_masks(self, names, columns, limit)
 
     def __or__(self, other): return combine([self, other], torch.bitwise_or) if isinstance(other, Mapping) else NotImplemented
     def __and__(self, other): return combine([self, other], torch.bitwise_and) if isinstance(other, Mapping) else NotImplemented
-    def __invert__(self): return Masks({name: 1 - mask for name, mask in self.items()})
+    def __invert__(self): return Masks({name: 1 - mask for name, mask in self.items()}, self.outside)
     def __eq__(self, other): return same_masks(self, other) if isinstance(other, Mapping) else NotImplemented
     __hash__ = None
 
     def distance(self, other, kind="hamming") -> float: return distance(self, other, kind)
-    def to(self, device): return Masks({name: mask.to(device) for name, mask in self.items()})
+    def to(self, device): return Masks({name: mask.to(device) for name, mask in self.items()}, self.outside)
     def save(self, path) -> Path: return save_masks(self, path)
 
     @staticmethod
@@ -83,7 +89,11 @@ class Masks(Mapping):
     @staticmethod
     def ones_like(source): return ones_like(source)
 
-    def __repr__(self): return f"Masks: {self.kept:,} of {self.total:,} weights kept in {len(self)} layers, density {self.density:.4f}"
+    def __repr__(self):
+        kept, total = self.whole or (0, 0)
+        layers = f"{len(self)} layer{'s' * (len(self) > 1)}"
+        whole = f"; whole network {kept:,} of {total:,} parameters ({kept / total:.4f})" if total else ""
+        return f"Masks: {self.kept:,} of {self.total:,} weights kept in {layers}, density {self.density:.4f}{whole}"
 
 # %% ../../nbs/02_sparse/masks.ipynb #15e620b0
 def density_table(
@@ -117,7 +127,8 @@ def combine(
     for other in sets[1:]:
         check_same_layout(joined, other)
         joined = {name: rule(mask, other[name].to(mask.device, mask.dtype)) for name, mask in joined.items()}
-    return Masks(joined)
+    outside = {getattr(masks, "outside", None) for masks in sets}
+    return Masks(joined, outside.pop() if len(outside) == 1 else None)
 
 # %% ../../nbs/02_sparse/masks.ipynb #d371bcf9
 def same_masks(
@@ -155,14 +166,14 @@ def majority(
 def ones_like(
     source: nn.Module | Mapping[str, Tensor],  # a network, or name -> tensor
 ) -> Masks:                                    # nothing removed
-    "Masks that keep every weight of the convolutions and linear layers of a network, or of a dictionary of tensors."
-    if isinstance(source, nn.Module):
-        fits = (nn.Conv2d, nn.Linear)  # themselves or masked; other subclasses cannot be masked
-        owners = {f"{name}.weight".lstrip(".") for name, module in source.named_modules() if type(module) in fits or (isinstance(module, fits) and hasattr(module, "mask"))}
-        source = {name: weight for name, weight in source.named_parameters() if name in owners}
+    "Masks that keep every weight of a network that can be masked, or of a dictionary of tensors."
+    network = source if isinstance(source, nn.Module) else None
+    if network is not None: source = maskable_weights(network)
     if not isinstance(source, Mapping): raise ParameterError(f"need a network or a dictionary of tensors, got {type(source).__name__}")
-    if not source: raise ParameterError("the network has no Conv2d or Linear layer, so there is nothing to mask")
-    return Masks({name: torch.ones_like(weight, dtype=torch.uint8) for name, weight in source.items()})
+    if not source: raise ParameterError(f"{type(network or source).__name__} has no layer that can be masked ({KIND_NAMES}), so there is nothing to mask")
+    ones = {name: torch.ones_like(weight, dtype=torch.uint8) for name, weight in source.items()}
+    rest = None if network is None else sum(weight.numel() for weight in network.parameters()) - sum(mask.numel() for mask in ones.values())
+    return Masks(ones, getattr(source, "outside", None) if rest is None else (rest, rest))
 
 # %% ../../nbs/02_sparse/masks.ipynb #f1370044
 FORMAT = "sparsedarts masks 1"

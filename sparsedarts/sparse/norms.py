@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..core import ParameterError, ShapeError, SparseDartsError, unknown_name
+from .attention import bias_of, mask_owners, weight_owners
 from .cost import CONVOLUTIONS, undisturbed
+from .kinds import TRANSPOSED, by_unit, unit_shape
 from .layers import unwrapped
-from .modules import MaskedLayer
 
 # %% ../../nbs/02_sparse/norms.ipynb #76805dee
 class Readers(TorchFunctionMode):
@@ -66,7 +67,7 @@ def norms_after(
     network = unwrapped(model)
     weights, paths = {id(p): name for name, p in network.named_parameters()}, {module: path for path, module in network.named_modules()}
     layers = {module: weights.get(id(module._parameters.get("weight")), f"{path}.weight".lstrip("."))
-              for module, path in paths.items() if isinstance(module, (nn.Linear, *CONVOLUTIONS))}
+              for module, path in paths.items() if isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED))}
     readers = Readers(layers, {module: path for module, path in paths.items() if isinstance(module, nn.modules.batchnorm._BatchNorm)})
     returned = _forward(network, _inputs(network, x), readers)
     found = {}   # weight name -> norms of all its outputs
@@ -81,7 +82,7 @@ def norms_after(
 
 def _fits(layer, norm, made):
     "Whether the norm's channels are the layer's units."
-    return norm.num_features == layer.weight.shape[0] and (made.dim() == 2 or not isinstance(layer, nn.Linear))
+    return norm.num_features == unit_shape(layer)[0] and (made.dim() == 2 or not isinstance(layer, nn.Linear))
 
 def _inputs(network, x):
     "The arguments of the forward pass."
@@ -116,17 +117,17 @@ def silence(
     "Make the output of dead units exactly zero: bias, and gamma and beta of the norm that follows."
     network = unwrapped(model)
     parameters, pairs = dict(network.named_parameters()), norms_after(network, example)
-    dead = {name: ~mask.flatten(1).bool().any(1) for name, mask in masks.items()}
-    layers = {id(module._parameters.get("weight")): module for module in network.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))}
-    for name, units in dead.items():
+    owners = {id(owner.weight): mask_owners(module).get(key, owner) for module in network.modules() for key, owner in weight_owners(module).items()}
+    dead = {}
+    for name, mask in masks.items():
         if name not in parameters: raise unknown_name("parameter of this network", name, parameters)
-        layer = layers.get(id(parameters[name]))
-        if layer is None or masks[name].shape != parameters[name].shape:
-            raise ShapeError(f"the mask of {name!r} does not fit a layer of this network")
-        weight = layer.effective_weight() if isinstance(layer, MaskedLayer) else layer.weight
-        if bool(weight[units.to(weight.device)].any()):
+        owner = owners.get(id(parameters[name]))
+        if owner is None or mask.shape != parameters[name].shape: raise ShapeError(f"the mask of {name!r} does not fit a layer of this network")
+        dead[name] = ~by_unit(mask, owner).flatten(1).bool().any(1)
+        weight = owner.effective_weight() if hasattr(owner, "mask") else owner.weight
+        if bool(by_unit(weight, owner)[dead[name].to(weight.device)].any()):
             raise ParameterError(f"the dead units of {name!r} still have weights: apply_masks(model, masks) first")
-    for name, units in dead.items(): _zero([layers[id(parameters[name])].bias], units)
+    for name, units in dead.items(): _zero([bias_of(owners[id(parameters[name])])], units)
     for norm in set(pairs.values()):
         sharing = [dead.get(name) for name, other in pairs.items() if other == norm]
         if all(units is not None for units in sharing): _zero(_constants(network.get_submodule(norm)), torch.stack(sharing).all(0))

@@ -6,13 +6,14 @@
 __all__ = ['candidate', 'genotype_text', 'random_search']
 
 # %% ../../nbs/07_strategy/sampling.ipynb #da9d0c24
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..core import DataError, check_number, derive_seed
+from ..core import DataError, check_number, derive_seed, unknown_name
 from ..space.genotypes import encode_cell, random_genotype
 from .bilevel import SearchResult
 from ..training.checkpoints import Checkpoint, data_signature
@@ -55,6 +56,9 @@ def random_search(
     check_number(candidates, "candidates", low=1, integer=True)
     if not len(data.valid):
         raise DataError("random search chooses by validation accuracy, and the data has no validation images; load it with valid=0.5")
+    known = [name for name in inspect.signature(train).parameters if name not in ("model", "data", "epochs", "steps", "seed", "checkpoint")]
+    for name in training:
+        if name not in known: raise unknown_name("option of random search", name, ["candidates", "epochs", "steps", "channels", "layers", *known])
     if epochs is None and steps is None: epochs = 10
     sizes = dict(channels=channels, layers=layers, classes=len(data.classes), in_channels=data.shape[0])
     build = network or (lambda genotype, seed: seeded_network(genotype, seed, **sizes))

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 
 from ..core import ParameterError, Registry, check_number, derive_seed, restore_rng, rng_state, seed_everything
 from ..data.loading import load_data
@@ -29,8 +30,11 @@ def find_strategy(
     name: str,  # "darts", "random", or the module of a paper in this package
 ):              # the function
     "A strategy by name; its module is imported if need be."
-    module = f"sparsedarts.strategy.{name}"
-    if isinstance(name, str) and name.isidentifier() and name not in strategies and importlib.util.find_spec(module): importlib.import_module(module)
+    here = "sparsedarts.strategy"
+    if isinstance(name, str) and name.isidentifier() and name not in strategies and importlib.util.find_spec(f"{here}.{name}"):
+        importlib.import_module(f"{here}.{name}")
+    if name not in strategies:  # the message is to name all that exist
+        for module in pkgutil.iter_modules(importlib.import_module(here).__path__): importlib.import_module(f"{here}.{module.name}")
     return strategies[name]
 
 def seeded_supernet(

@@ -96,6 +96,9 @@ class SearchSettings:
             if getattr(self, name) is not None: check_number(getattr(self, name), name, low=1, integer=True)
         for name in ("lr", "lr_min", "weight_decay", "arch_lr", "arch_weight_decay"): check_number(getattr(self, name), name, low=0)
         if self.clip is not None: check_number(self.clip, "clip", low=1e-12)
+        betas = self.arch_betas if isinstance(self.arch_betas, (tuple, list)) and len(self.arch_betas) == 2 else (None,)
+        if not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+            raise ParameterError(f"arch_betas are two numbers of at least 0 and below 1, as (0.5, 0.999); got {self.arch_betas!r}")
         check_choice(self.order, ("first", "second", "exact"), "order")
         check_number(self.seed, "seed", low=0, integer=True)
         if self.arch_every is None and self.stop != "none":

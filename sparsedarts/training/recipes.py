@@ -327,7 +327,7 @@ def draw_weights(
     generator = torch.Generator().manual_seed(derive_seed(seed, "weights"))
     for layer in scored_layers(model).values():
         if kind is None: continue
-        size = math.sqrt(2 / fan_in(layer.weight) / (float(share) if rescale else 1))
+        size = math.sqrt(2 / fan_in(layer) / (float(share) if rescale else 1))
         noise = torch.randn(layer.weight.shape, generator=generator)
         with torch.no_grad(): layer.weight.copy_(size * (noise.sign() if kind == "signed-constant" else noise))
 
