@@ -7,7 +7,6 @@ __all__ = ['Channels', 'Cells', 'Width', 'Seed', 'NETWORK', 'Stem', 'read_genoty
            'build_network', 'read_shape', 'cost', 'draw', 'read_weights', 'only_tensors', 'prune']
 
 # %% ../nbs/08_reporting/commands.ipynb #447dcb63
-import json
 import math
 import os
 from pathlib import Path
@@ -15,25 +14,17 @@ from typing import Annotated
 
 import typer
 
-from .core import DataError, ParameterError, check_choice, seed_everything, unknown_name
-from .files import check_sealed, load_tensors, read_json
+from .core import DataError, ParameterError, check_choice, seed_everything
+from .files import check_sealed, load_tensors
 from .reporting.console import Json, one_line, say
 
 # %% ../nbs/08_reporting/commands.ipynb #d5e41b33
 def read_genotype(
-    text: str,  # a published cell's name, a .json file, "Genotype(...)", or a NAS-Bench-201 string
+    text: str,  # a published cell's name, a file or folder of a search, a log, "Genotype(...)", or a NAS-Bench-201 string
 ):              # a genotype; a NAS-Bench-201 string stays one
     "The cell that a word of the command line means."
-    from sparsedarts.space.catalogue import genotype, genotypes
-    from sparsedarts.space.genotypes import Genotype, parse_genotype
-    if "|" in text: return text
-    if text.lstrip().startswith("Genotype("): return parse_genotype(text)
-    if text.endswith(".json"):
-        found = read_json(text)
-        return found["genotype"] if isinstance(found, dict) and isinstance(found.get("genotype"), str) else Genotype.from_json(found)
-    names = list(genotypes()["name"])
-    if text not in names: raise unknown_name("network", text, ["resnet", "vgg", *names], "`sparsedarts list --cells`")
-    return genotype(text)
+    from sparsedarts.space.reading import read_architecture
+    return read_architecture(text, others=("resnet", "vgg"))
 
 # %% ../nbs/08_reporting/commands.ipynb #e5a1c0d5
 def check_stem(
