@@ -64,7 +64,7 @@ def code_parts(
     for name in sorted(set().union(*map(_names_in, codes)) | (set(inspect.getclosurevars(fn).nonlocals) if space else set())):
         value = space.get(name)
         if isinstance(value, (bool, int, float, str, tuple, list, dict)): seen.setdefault(f"{name} =", repr(value))
-        elif isinstance(value, Data): seen.setdefault(f"{name} =", f"{data_signature(value)}, {len(value.valid)} and {len(value.test)} more")
+        elif isinstance(value, Data): seen.setdefault(f"{name} =", data_signature(value))
         elif isinstance(value, (types.FunctionType, type)) and value.__module__ == fn.__module__ and value.__qualname__ not in seen:
             code_parts(value, seen)
     return seen

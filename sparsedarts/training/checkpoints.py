@@ -73,13 +73,22 @@ def signature(
 # %% ../../nbs/06_training/checkpoints.ipynb #09d0f1e8
 def data_signature(
     data,     # from `load_data`, or anything with a `train` split
-) -> str:     # "digits, 718 training images of (1, 8, 8), labels 1a2b3c4d, augmentation {pad: 1}"
+) -> str:     # "digits, images (1, 8, 8), train 450 labels 1a2b3c4d images 5e6f7a8b, valid ..., augmentation {pad: 1}"
     "A data set as text."
-    labels = getattr(data.train, "labels", None)
     name, shape = getattr(data, "name", type(data).__name__), getattr(data, "shape", None)
+    parts = [f"{part} {_split_signature(getattr(data, part))}" for part in ("train", "valid", "test") if hasattr(getattr(data, part, None), "__len__")]
+    return ", ".join([f"{name}, images {shape and tuple(shape)}", *parts, f"augmentation {describe(getattr(data, 'augmentation', None))}"])
+
+def _split_signature(
+    split,    # of `load_data`, or anything with a length, perhaps with labels and images
+) -> str:     # "450 labels 1a2b3c4d images 5e6f7a8b normalised by [...]"
+    "One part of a data set as text."
+    labels, store, statistics = getattr(split, "labels", None), getattr(split, "store", None), ""
     known = checksum(labels) if isinstance(labels, Tensor) else "unknown"
-    return (f"{name}, {len(data.train)} training images of {shape and tuple(shape)}, labels {known}, "
-            f"augmentation {describe(getattr(data, 'augmentation', None))}")
+    if hasattr(store, "fingerprint"): pixels = f"{zlib.crc32(store.fingerprint().encode(), int(checksum(split.indices), 16)):08x}"
+    else: pixels = checksum(split.images) if isinstance(getattr(split, "images", None), Tensor) else "unknown"
+    if hasattr(split, "mean"): statistics = " normalised by " + " ".join(f"{value:.5g}" for value in (*split.mean, *split.std))
+    return f"{len(split)} labels {known} images {pixels}{statistics}"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #7e99e943
 def mask_state(
@@ -96,6 +105,18 @@ def load_mask_state(
     for mode in ("soft", "hard"):
         chosen = {name: entry["mask"] for name, entry in state.items() if entry["mode"] == mode}
         if chosen: apply_masks(model, Masks(chosen), mode=mode)
+
+# %% ../../nbs/06_training/checkpoints.ipynb #f2c9a670
+def _difference(
+    name: str,   # of an option
+    was: str,    # its description in a file
+    now: str,    # its description in this run
+) -> str:        # "data was train 3 labels 1a2b images 3c4d, now train 3 labels 1a2b images 5e6f"
+    "What differs between two descriptions; of long ones that agree in most parts, only the parts that differ."
+    pairs = list(zip(was.split(", "), now.split(", ")))
+    if name == "data" and was.count(", ") == now.count(", "):
+        was, now = (", ".join(parts) for parts in zip(*[pair for pair in pairs if pair[0] != pair[1]]))
+    return f"{name} was {was}, now {now}"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #63f0ed0c
 class Checkpoint:
@@ -135,7 +156,7 @@ class Checkpoint:
         saved = state.get("configuration")
         if state.get("format") != 1 or not isinstance(saved, dict):
             raise CheckpointError(f"{self.path} is not a checkpoint of a training run; give another path")
-        changed = [f"{k} was {saved.get(k, 'absent')}, now {self.configuration.get(k, 'absent')}"
+        changed = [_difference(k, str(saved.get(k, "absent")), self.configuration.get(k, "absent"))
                    for k in sorted({*saved, *self.configuration}) if saved.get(k) != self.configuration.get(k)]
         if not changed: return state
         raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
