@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core import DataError, check_number, derive_seed, unknown_name
-from ..space.genotypes import encode_cell, random_genotype
+from ..space.genotypes import random_genotype
 from .bilevel import SearchResult
 from ..training.checkpoints import Checkpoint, data_signature
 from ..training.engine import train
@@ -33,8 +33,7 @@ def genotype_text(
     genotype,  # a `Genotype`, or the text of an architecture
 ) -> str:      # one line
     "A genotype for a table."
-    if isinstance(genotype, str): return genotype
-    return f"{encode_cell(genotype.normal)} | {encode_cell(genotype.reduce)}"
+    return genotype if isinstance(genotype, str) else genotype.short()
 
 # %% ../../nbs/07_strategy/sampling.ipynb #7545d1bb
 def random_search(
