@@ -71,7 +71,7 @@ Channels = Annotated[int | None, typer.Option(min=1, max=65_536, help="C of a ne
 Cells = Annotated[int | None, typer.Option(min=1, max=1000, help="Its cells, 20 if not given.", show_default=False)]
 Width = Annotated[float, typer.Option(max=1024, help="Factor on the channels of resnet and vgg.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and all else that is drawn.")]
-NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")
+NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a file or log with a genotype, or its text.")
 Stem = Annotated[str, typer.Option(help="Of a network of cells: cifar or imagenet.", show_default=False)]
 
 def build_network(
@@ -155,7 +155,7 @@ def cost(
 
 # %% ../nbs/08_reporting/commands.ipynb #95f54a30
 def draw(
-    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")],
+    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a file or log with a genotype, or its text.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes: .svg or .png.")] = Path("cell.svg"),
     as_json: Json = False,
 ) -> None:

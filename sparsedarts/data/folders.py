@@ -42,8 +42,8 @@ def list_containers(
     if any(split_member(member) for member in listing.members): return {path: listing}
     if zips: return {file: list_zip(file) for file in zips}
     inner = next((name for name in found if (path / name / "train").is_dir()), None)
-    raise DataError(f"{printable(path)} holds no train/ folder and no zip (found: {printable(', '.join(found[:5])) or 'nothing'}); "
-                    + (f"{printable(inner)} in it does: give {printable(path / inner)}" if inner else "expected train/<class>/*.jpg and test/<class>/*.jpg"))
+    advice = f"{inner} in it does: give {path / inner}" if inner else "expected train/<class>/*.jpg and test/<class>/*.jpg"
+    raise DataError(printable(f"{path} holds no train/ folder and no zip (found: {', '.join(found[:5]) or 'nothing'}); {advice}"))
 
 def open_zip(
     path: Path,  # a zip file
@@ -61,7 +61,8 @@ def list_zip(
     except Exception as error:
         raise DataError(f"{printable(path)} is not a readable zip ({error}); fetch it again") from error
     links = {info.filename for info in infos if stat.S_ISLNK(info.external_attr >> 16) and split_member(info.filename)}
-    return Listing([info.filename for info in infos if info.filename not in links], [f"{name} is a link inside a zip" for name in sorted(links)])
+    members = [info.filename for info in infos if info.filename not in links]
+    return Listing(members, [f"{name} is a link inside a zip" for name in sorted(links)])
 
 # %% ../../nbs/01_data/folders.ipynb #9bf20333
 LARGEST_FILE = 4 * LARGEST_IMAGE  # bytes
@@ -102,7 +103,8 @@ class Files:
         size = info.file_size if info else (self.containers[number] / name).stat().st_size
         if size > LARGEST_FILE or info and size > max(2 ** 24, 100 * info.compress_size):
             packed = f" in {info.compress_size:,} compressed ones" if info else ""
-            raise DataError(f"{self.where(index)} claims {size:,} bytes{packed}, which no image of {LARGEST_FILE:,} bytes at most needs; remove it")
+            raise DataError(f"{self.where(index)} claims {size:,} bytes{packed}, as no image does "
+                            f"(at most {LARGEST_FILE:,}); remove it")
         return size
 
     def read(self, index: int) -> bytes:  # the file's content
@@ -156,14 +158,16 @@ def group_members(
             part, kind, is_image = place
             files = parts.setdefault(part, {}).setdefault(kind, []) if kind else []
             if is_image and kind:
-                if member in seen: raise DataError(f"{printable(member)} is in {seen[member]} and in {container}; keep one of them")
+                if member in seen:
+                    raise DataError(printable(f"{member} is in {seen[member]} and in {container}; keep one of them"))
                 seen[member] = container
                 files.append((number, member))
             elif not member.endswith("/"):
-                reason = f"{Path(member).suffix.lower() or 'file without suffix'}" if kind else "file beside the class folders"
+                reason = Path(member).suffix.lower() or "file without suffix" if kind else "file beside the class folders"
                 passed.setdefault(reason, []).append(member)
     def order(file): return unicodedata.normalize("NFC", file[1]), file
-    return {part: {kind: sorted(kinds[kind], key=order) for kind in sorted(kinds)} for part, kinds in parts.items() if kinds}, passed
+    found = {part: kinds for part, kinds in parts.items() if kinds}
+    return {part: {kind: sorted(kinds[kind], key=order) for kind in sorted(kinds)} for part, kinds in found.items()}, passed
 
 def _tell_passed(
     path: str | Path,          # the set
@@ -172,41 +176,47 @@ def _tell_passed(
     "One warning for all that was left out."
     if not passed: return
     text = "; ".join(f"{len(members):,} {reason} (such as {members[0]})" for reason, members in sorted(passed.items()))
-    warnings.warn(printable(f"{path}: left out are {text}. Images are read from class folders, with the endings {' '.join(SUFFIXES)}"), stacklevel=3)
+    read = f"Images are read from class folders, with the endings {' '.join(SUFFIXES)}"
+    warnings.warn(printable(f"{path}: left out are {text}. {read}"), stacklevel=3)
 
 # %% ../../nbs/01_data/folders.ipynb #4049151e
-@dataclass(frozen=True)
-class FileSet:
-    "An image set as files."
-    parts: dict[str, Files]     # "train", "test", and perhaps "valid"
-    classes: tuple[str, ...]    # names, in the order of the labels
-
 def _check_classes(
     path: str | Path,             # the set, for messages
     parts: dict[str, dict],       # from `group_members`
     containers: dict[Path, Listing],
 ) -> None:
     "Refuse what no training can be right about."
-    if "train" not in parts: raise DataError(f"{printable(path)} has no images at train/<class>/; found {', '.join(parts) or 'no part at all'}")
-    classes = list(parts["train"])
+    path, classes = printable(path), list(parts.get("train", ()))
+    if not classes: raise DataError(f"{path} has no images at train/<class>/; found {', '.join(parts) or 'no part at all'}")
     for part, kinds in parts.items():
         for kind, files in kinds.items():
-            if not files: raise DataError(f"class folder {part}/{kind} of {printable(path)} holds no image ({' '.join(SUFFIXES)}); fill or remove it")
-            close = difflib.get_close_matches(kind, classes, n=1)
-            if kind not in classes:
-                raise DataError(f"class {kind!r} of {printable(path)} is in {part}/ but not in train/" + (f"; did you mean {close[0]!r}?" if close else ""))
-    if len(classes) == 1: raise DataError(f"{printable(path)} has one class only, {classes[0]!r}, so that every answer would be right; {_inside(classes[0], containers)}")
+            if not files: raise DataError(f"class folder {part}/{kind} of {path} holds no image ({' '.join(SUFFIXES)}); fill or remove it")
+            close = [f"; did you mean {name!r}?" for name in difflib.get_close_matches(kind, classes, n=1)]
+            if kind not in classes: raise DataError(f"class {kind!r} of {path} is in {part}/ but not in train/{''.join(close)}")
+    if len(classes) == 1:
+        raise DataError(f"{path} has one class only, {classes[0]!r}, so that every answer would be right; {_inside(classes[0], containers)}")
 
 def _inside(
     kind: str,                        # the only class
     containers: dict[Path, Listing],
 ) -> str:                             # advice
     "What is in the folder of the only class."
-    split = [member.replace("\\", "/").split("/") for listing in containers.values() for member in listing.members if (split_member(member) or ("",))[0] == "train"]
-    inner = sorted({words[at + 2] for words in split for at in [next(i for i, word in enumerate(words) if word in PARTS)] if len(words) > at + 3})
+    inner = set()
+    for listing in containers.values():
+        for member in filter(split_member, listing.members):
+            folders = member.replace("\\", "/").removeprefix("./").split("/")[:-1]
+            if folders[0] not in PARTS: folders = folders[1:]
+            if PARTS[folders[0]] == "train": inner.update(folders[2:3])
     if not inner: return "give each class a folder of its own, train/<class>/"
-    names = printable(", ".join(inner[:5]))
-    return f"train/{kind} holds the folders {names}: if these are the classes, move them up, to train/{printable(inner[0])}"
+    names = [printable(name) for name in sorted(inner)]
+    return f"train/{kind} holds the folders {', '.join(names[:5])}: if these are the classes, move them up, to train/{names[0]}"
+
+# %% ../../nbs/01_data/folders.ipynb #12ba55a7
+@dataclass(frozen=True)
+class FileSet:
+    "An image set as files."
+    parts: dict[str, Files]     # "train", "test", and perhaps "valid"
+    classes: tuple[str, ...]    # names, in the order of the labels
 
 def find_images(
     path: str | Path,   # a folder, a zip, or a folder of zips
@@ -218,12 +228,16 @@ def find_images(
     _tell_passed(path, passed)
     classes = tuple(parts["train"])
     if "test" not in parts and "valid" in parts: parts["test"] = parts.pop("valid")
-    if "test" not in parts: raise DataError(f"{printable(path)} has train/ but neither test/<class>/ nor val/<class>/ to measure accuracy on")
+    if "test" not in parts:
+        raise DataError(f"{printable(path)} has train/ but neither test/<class>/ nor val/<class>/ to measure accuracy on")
+    files = {}
     for part, kinds in parts.items():
         absent = [kind for kind in classes if kind not in kinds]
-        if absent: warnings.warn(f"{printable(path)}: {part}/ has no images of {len(absent)} of {len(classes)} classes, such as {absent[0]}", stacklevel=2)
-    files = {part: Files(list(containers), [(number, name, classes.index(kind)) for kind in kinds for number, name in kinds[kind]])
-             for part, kinds in parts.items()}
+        if absent:
+            text = f"{part}/ has no images of {len(absent)} of {len(classes)} classes, such as {absent[0]}"
+            warnings.warn(f"{printable(path)}: {text}", stacklevel=2)
+        members = [(number, name, classes.index(kind)) for kind in kinds for number, name in kinds[kind]]
+        files[part] = Files(list(containers), members)
     return FileSet(files, classes)
 
 # %% ../../nbs/01_data/folders.ipynb #350737ea
@@ -245,7 +259,7 @@ def probe_format(
         text = " and ".join(f"{h}x{w} ({where})" for (h, w), where in list(seen.items())[:2])
         raise DataError(f"the images differ in size: {text}; give size=, for example size=224")
     height, width = next(iter(seen)) if size is None else (size, size)
-    format = ImageFormat(channels or (3 if colour else 1), height, width, resize=size is not None, recolour=channels == 1, background=background)
+    format = ImageFormat(channels or (3 if colour else 1), height, width, size is not None, channels == 1, background)
     return format, len(seen) == 1 and len(set(next(iter(seen)))) == 1
 
 # %% ../../nbs/01_data/folders.ipynb #372353f8

@@ -48,7 +48,8 @@ def _opened(
     try: image = Image.open(io.BytesIO(content), formats=readable_formats())
     except Exception as error: raise _unreadable(where, error if content else "the file is empty") from error
     if image.width * image.height > LARGEST_IMAGE:
-        raise DataError(f"{where} has {image.width:,} x {image.height:,} pixels, more than the {LARGEST_IMAGE:,} that are read; scale or remove it")
+        raise DataError(f"{where} has {image.width:,} x {image.height:,} pixels, more than the {LARGEST_IMAGE:,} "
+                        "that are read; scale or remove it")
     return image
 
 def _unreadable(
@@ -74,7 +75,8 @@ def open_image(
     except Exception as error: raise _unreadable(where, error) from error
 
 # %% ../../nbs/01_data/images.ipynb #624b5df5
-ORIENTATIONS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+ORIENTATIONS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE",
+                6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 def _orientation(
     image,   # PIL image
@@ -114,10 +116,11 @@ def _eight_bits(
     if sixteen: grey = (pixels.astype(np.int64) * 255 + 32767) // 65535
     elif image.mode == "F" and pixels.min() >= 0 and pixels.max() <= 1: grey = (pixels * 255).round()
     else:
-        raise DataError(f"{where} has pixels of 32 bits (mode {image.mode}) from {pixels.min()} to {pixels.max()}, and nothing says which value is white; "
-                        "convert it to 8 or 16 bits")
+        raise DataError(f"{where} has pixels of 32 bits (mode {image.mode}) from {pixels.min()} to {pixels.max()}, "
+                        "and nothing says which value is white; convert it to 8 or 16 bits")
     grey = Image.fromarray(grey.astype(np.uint8))
-    if isinstance(key, int): grey.putalpha(Image.fromarray(np.where(pixels == key, 0, 255).astype(np.uint8)))  # one value stands for "transparent"
+    if isinstance(key, int):  # the value that stands for "transparent"
+        grey.putalpha(Image.fromarray(np.where(pixels == key, 0, 255).astype(np.uint8)))
     return grey
 
 def _without_alpha(

@@ -58,55 +58,61 @@ class _Walk:
         while waiting:
             place = waiting.pop()
             real = os.path.realpath(self.root / place)
-            if real in self.entered:
-                self._again(place, self.entered[real])
-                continue
-            self.entered[real] = place
-            if "/" in place: self.members.append(f"{place}/")
-            with os.scandir(real) as entries: found = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
-            for entry in found:
-                path = f"{place}/{entry.name}"
-                if entry.is_symlink(): self.links.append(path)
-                elif entry.is_dir(): waiting.append(path)
-                elif entry.is_file(): self.members.append(path)
-                else: self.notes.append(f"{path} is neither a file nor a folder")
+            if real in self.entered: self.again(place, self.entered[real])
+            else:
+                self.entered[real] = place
+                if "/" in place: self.members.append(f"{place}/")
+                waiting += self.list(place, real)
 
+    def list(self, place: str, real: str) -> list[str]:  # the folders in it
+        "Sort what a folder holds into links, folders and files."
+        folders = []
+        with os.scandir(real) as entries: found = sorted(entries, key=lambda entry: entry.name)
+        for entry in found:
+            path = f"{place}/{entry.name}"
+            if is_hidden(entry.name): continue
+            if entry.is_symlink(): self.links.append(path)
+            elif entry.is_dir(): folders.append(path)
+            elif entry.is_file(): self.members.append(path)
+            else: self.notes.append(f"{path} is neither a file nor a folder")
+        return folders
+
+# %% ../../nbs/01_data/layout.ipynb #4d829185
+class _Links(_Walk):
+    "The part of the walk that follows links."
     def follow(self, place: str) -> None:  # "train/cat/0.png", a link
         "Enter the folder, or take the file, that a link leads to."
         target, holder = os.path.realpath(self.root / place), os.path.realpath((self.root / place).parent)
         if not os.path.exists(target):
-            raise DataError(f"{printable(self.root / place)} is a link to {printable(target)}, which does not exist; restore it or remove the link")
-        if os.path.isdir(target):
-            if f"{holder}/".startswith(f"{target.rstrip('/')}/"): self.notes.append(f"{place} leads back to a folder above it")
-            else: self.enter(place)
-            return
-        above, name = os.path.split(target)
-        seen = above in self.entered and name.lower().endswith(SUFFIXES) and not is_hidden(name)
-        known = f"{self.entered[above]}/{name}" if seen else self.linked.setdefault(target, place)
-        if not os.path.isfile(target): self.notes.append(f"{place} is neither a file nor a folder")
-        elif known == place: self.members.append(place)
-        elif place.lower().endswith(SUFFIXES): self._again(place, known)
+            raise DataError(f"{printable(self.root / place)} is a link to {printable(target)}, which does not exist; "
+                            "restore it or remove the link")
+        if f"{holder}/".startswith(f"{target.rstrip('/')}/"): self.notes.append(f"{place} leads back to a folder above it")
+        elif os.path.isdir(target): self.enter(place)
+        elif not os.path.isfile(target): self.notes.append(f"{place} is neither a file nor a folder")
+        elif self.known(target, place) == place: self.members.append(place)
+        elif place.lower().endswith(SUFFIXES): self.again(place, self.known(target, place))
 
-    def _again(self, place: str, known: str) -> None:
+    def known(self, target: str, place: str) -> str:  # the path under which a file was met first, perhaps this one
+        "Remember the file behind a link."
+        folder, name = os.path.split(target)
+        listed = folder in self.entered and name.lower().endswith(SUFFIXES) and not is_hidden(name)
+        return f"{self.entered[folder]}/{name}" if listed else self.linked.setdefault(target, place)
+
+    def again(self, place: str, known: str) -> None:
         "A second way to what was met already: left out within a class, else refused."
-        if _owner(place) == _owner(known): return self.notes.append(f"{place} is {known} again")
-        raise DataError(f"{printable(self.root / place)} and {printable(known)} are the same by a link, which would put the same images into two classes or parts; "
-                        "remove the link, or copy what belongs there")
-
-def _owner(
-    place: str,  # "train/cat/more" or "train/cat/0.png"
-) -> tuple:      # part, class
-    "Whose images these are."
-    found = split_member(f"{place}/")
-    return found and found[:2]
+        def owner(path): return (split_member(f"{path}/") or ())[:2]
+        if owner(place) == owner(known): return self.notes.append(f"{place} is {known} again")
+        raise DataError(f"{printable(self.root / place)} and {printable(known)} are the same by a link, which would put the "
+                        "same images into two classes or parts; remove the link, or copy what belongs there")
 
 def walk_folder(
     folder: Path,     # the folder that holds train/ and test/
 ) -> Listing:
     "All paths below the parts of a folder; other sub-folders are not entered."
-    walk = _Walk(Path(folder))
-    parts = sorted((entry.is_symlink(), entry.name) for entry in os.scandir(folder) if entry.name in PARTS and (entry.is_symlink() or entry.is_dir()))
-    for linked, name in parts: walk.links.append(name) if linked else walk.enter(name)
+    walk, parts = _Links(Path(folder)), [entry for entry in os.scandir(folder) if entry.name in PARTS]
+    for part in sorted(parts, key=lambda entry: entry.name):
+        if part.is_symlink(): walk.links.append(part.name)
+        elif part.is_dir(): walk.enter(part.name)
     while walk.links:
         pending, walk.links = sorted(walk.links), deque()
         for place in pending: walk.follow(place)

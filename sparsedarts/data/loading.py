@@ -113,8 +113,8 @@ def measure_channels(
     means, deviations = channel_statistics(store.images if isinstance(store, Memory) else store.sample(2048))
     if all(deviation == 1 for deviation in deviations):
         colour = " ".join(f"{255 * mean:.0f}" for mean in means)
-        raise DataError(f"all training images are one and the same colour ({colour} of 255), so there is nothing to learn from; look at a file, and if it is drawn "
-                        "in white on transparent, give background='black'")
+        raise DataError(f"all training images are one and the same colour ({colour} of 255), so there is nothing to learn from; "
+                        "look at a file, and if it is drawn in white on transparent, give background='black'")
     return means, deviations
 
 def keep_classes(
@@ -147,7 +147,8 @@ def load_data(
     check_choice(channels, (None, 1, 3), "channels")
     check_number(memory, "memory", low=0)
     check_number(workers, "workers", low=0, integer=True)
-    source = keep_classes(datasets[kind](Request(path, size, channels, classes, int(memory), workers, root, check_colour(background))), classes)
+    request = Request(path, size, channels, classes, int(memory), workers, root, check_colour(background))
+    source = keep_classes(datasets[kind](request), classes)
     parts = {part: store.to(get_device(device)) for part, store in source.parts.items()}
     store, shape = parts["train"], tuple(parts["train"].shape)
     mean, std = measure_channels(source)

@@ -53,7 +53,8 @@ class ImageSet:
             if not len(store): raise DataError(f"the {part} part of this set holds no images")
             low, high = int(store.labels.min()), int(store.labels.max())
             if low < 0 or high >= len(self.classes):
-                raise DataError(f"the {part} part has labels from {low} to {high}, but there are {len(self.classes)} classes, 0 to {len(self.classes) - 1}")
+                raise DataError(f"the {part} part has labels from {low} to {high}, but there are {len(self.classes)} classes, "
+                                f"0 to {len(self.classes) - 1}")
 
 datasets = Registry("data set")
 
@@ -154,7 +155,8 @@ def cifar(
     for part in ("train", "test"):
         raw = fetch_cifar(factory, data_root(request.root), part == "train")
         if raw.data.dtype != np.uint8 or raw.data.shape != (len(raw.targets), 32, 32, 3):
-            raise DataError(f"{factory.__name__.lower()} holds {raw.data.dtype} images of shape {raw.data.shape} and {len(raw.targets)} labels; fetch it again")
+            raise DataError(f"{factory.__name__.lower()} holds {raw.data.dtype} images of shape {raw.data.shape} and "
+                            f"{len(raw.targets)} labels; fetch it again")
         images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
         parts[part] = array_store(images, torch.tensor(raw.targets), request, factory.__name__.lower())
         classes = tuple(raw.classes)

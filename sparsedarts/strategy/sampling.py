@@ -16,7 +16,7 @@ import torch
 from typing_extensions import TypedDict
 
 from ..core import DataError, NumericalError, check_number, derive_seed, unknown_name
-from ..space.genotypes import encode_cell, random_genotype
+from ..space.genotypes import random_genotype
 from .bilevel import SearchResult
 from ..training.checkpoints import Checkpoint, data_signature, fitting
 from ..training.engine import train
@@ -35,8 +35,7 @@ def genotype_text(
     genotype,  # a `Genotype`, or the text of an architecture
 ) -> str:      # one line
     "A genotype for a table."
-    if isinstance(genotype, str): return genotype
-    return f"{encode_cell(genotype.normal)} | {encode_cell(genotype.reduce)}"
+    return genotype if isinstance(genotype, str) else genotype.short()
 
 # %% ../../nbs/07_strategy/sampling.ipynb #7545d1bb
 class Best(TypedDict):

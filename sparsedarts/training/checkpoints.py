@@ -76,7 +76,8 @@ def data_signature(
 ) -> str:     # "digits, images (1, 8, 8), train 450 labels 1a2b3c4d images 5e6f7a8b, valid ..., augmentation {pad: 1}"
     "A data set as text."
     name, shape = getattr(data, "name", type(data).__name__), getattr(data, "shape", None)
-    parts = [f"{part} {_split_signature(getattr(data, part))}" for part in ("train", "valid", "test") if hasattr(getattr(data, part, None), "__len__")]
+    there = [part for part in ("train", "valid", "test") if hasattr(getattr(data, part, None), "__len__")]
+    parts = [f"{part} {_split_signature(getattr(data, part))}" for part in there]
     return ", ".join([f"{name}, images {shape and tuple(shape)}", *parts, f"augmentation {describe(getattr(data, 'augmentation', None))}"])
 
 def _split_signature(
