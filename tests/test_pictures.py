@@ -297,6 +297,14 @@ def test_every_stated_ending_is_read(tmp_path, zipped):
     assert max((image.float() - data.test.images[0].float()).abs().mean() for image in data.train.images) < 4
 
 
+def test_a_phones_picture_of_two_frames(tmp_path):
+    "Phones write JPEG files with a second picture inside, which PIL calls MPO."
+    frames = [Image.fromarray(pixels(i)) for i in range(2)]
+    content = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert np.array_equal(open_image(content, "a"), open_image(encoded(frames[0], "JPEG"), "a"))
+
+
 def test_the_first_frame_counts():
     frames = [Image.fromarray(pixels(i) // 64 * 64) for i in range(3)]
     for kind, options in (("GIF", {}), ("TIFF", {}), ("WEBP", dict(lossless=True)), ("PNG", {})):
@@ -553,12 +561,32 @@ def test_a_checkpoint_from_before_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="data was synthetic, 500 training images"): again()
 
 
-def test_a_search_and_a_retraining_know_their_images(tmp_path):
-    import sparsedarts as sd
-    first, second = (load(write_folder(tmp_path / name, contents(train=8, first=seed)), ) for name, seed in (("a", 0), ("b", 100)))
+def two_sets(place: Path) -> list:
+    "The same name, sizes and labels; other pictures."
     import dataclasses
-    second = dataclasses.replace(second, name=first.name)  # the same name, the same labels
-    assert torch.equal(first.train.labels, second.train.labels)
-    options = dict(protocol="laptop", epochs=1, channels=4, layers=3, batch_size=8, progress=False, checkpoint=tmp_path / "retrain.pt")
-    sd.retrain("DARTS_V2", first, **options)
-    with pytest.raises(CheckpointError, match="belongs to another run: data was"): sd.retrain("DARTS_V2", second, **options)
+    sets = [load_data(f"imagefolder:{write_folder(place / str(seed), contents(train=8, first=seed))}") for seed in (0, 100)]
+    assert torch.equal(sets[0].train.labels, sets[1].train.labels)
+    return [dataclasses.replace(data, name="pictures") for data in sets]
+
+
+def runs():
+    import sparsedarts as sd
+    from sparsedarts.training.regimes import iterative_magnitude
+    small = dict(channels=4, layers=3, batch_size=4, progress=False, device="cpu")
+    def pruned(data, path):
+        model = net()
+        sd.sparsify(model, mode="hard")
+        return iterative_magnitude(model, data, "0.5", rate=0.5, steps=2, batch_size=4, progress=False, device="cpu", checkpoint=path)
+    yield "training", lambda data, path: trained(data, path, device="cpu")
+    yield "retraining", lambda data, path: sd.retrain("DARTS_V2", data, "laptop", epochs=1, checkpoint=path, **small)
+    yield "search", lambda data, path: sd.search("darts", data, steps=1, order="first", checkpoint=path, **small)
+    yield "random", lambda data, path: sd.search("random", data, steps=1, candidates=1, checkpoint=path, **small)
+    yield "phases", lambda data, path: sd.search("dass", data, pretrain_epochs=1, prune_epochs=0, finetune_epochs=0, keep="0.5", order="first", checkpoint=path, **small)
+    yield "regime", pruned
+
+
+@pytest.mark.parametrize("name, run", runs(), ids=[name for name, _ in runs()])
+def test_every_checkpoint_knows_its_images(tmp_path, name, run):
+    mine, other = two_sets(tmp_path)
+    for _ in range(2): run(mine, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"belongs to another run: data was train \d+ labels (\w+) images \w+.*, now train \d+ labels \1 images"): run(other, tmp_path / "run")
