@@ -124,7 +124,7 @@ def test_a_web_of_links_ends(tmp_path):
         (tmp_path / f"out/{i}/{i}.png").write_bytes(encoded(Image.fromarray(pixels(i))))
         for j in range(12): (tmp_path / f"out/{i}/to{j}").symlink_to(f"../{j}")
     (path / "train/cat/out").symlink_to(tmp_path / "out/0")
-    with pytest.warns(UserWarning, match="133 link or special file"): found = find_images(path)
+    with pytest.warns(UserWarning, match="133 x link or special file"): found = find_images(path)
     assert len(found.parts["train"]) == 8 + 12 and found.parts["train"].labels.tolist() == [0] * 16 + [1] * 4
 
 
@@ -132,7 +132,7 @@ def test_special_files_do_not_hang(tmp_path):
     path = write_folder(tmp_path, contents())
     os.mkfifo(path / "train/ant/pipe.png")
     (path / "train/ant/zero.png").symlink_to("/dev/zero")
-    with pytest.warns(UserWarning, match="2 link or special file"): assert len(find_images(path).parts["train"]) == 8
+    with pytest.warns(UserWarning, match="2 x link or special file"): assert len(find_images(path).parts["train"]) == 8
 
 
 def test_links_inside_a_zip_are_named(tmp_path):
@@ -279,7 +279,7 @@ def test_nothing_is_left_out_without_a_word(tmp_path, zipped):
     path = write_set(tmp_path / "told", {**contents(), **silent, **told}, False) if not zipped else write_zip(tmp_path / "told.zip", {**contents(), **silent, **told})
     with pytest.warns(UserWarning) as caught: assert len(find_images(path).parts["train"]) == 8
     assert len(caught) == 1
-    for text in ("2 .heic (such as train/ant/", "1 .svg (such as test/bee/c.svg)", "2 file beside the class folders", "1 file without suffix", ".jfif"):
+    for text in ("2 x .heic (such as train/ant/", "1 x .svg (such as test/bee/c.svg)", "2 x file beside the class folders", "1 x file without suffix", ".jfif"):
         assert text in str(caught[0].message)
 
 
@@ -585,7 +585,7 @@ def runs():
     yield "regime", pruned
 
 
-@pytest.mark.parametrize("name, run", runs(), ids=[name for name, _ in runs()])
+@pytest.mark.parametrize("name, run", list(runs()), ids=[name for name, _ in runs()])
 def test_every_checkpoint_knows_its_images(tmp_path, name, run):
     mine, other = two_sets(tmp_path)
     for _ in range(2): run(mine, tmp_path / "run")
