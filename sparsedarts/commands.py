@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .core import DataError, ParameterError, check_choice, seed_everything
+from .files import check_sealed, load_tensors
 from .reporting.console import Json, one_line, say
 
 # %% ../nbs/08_reporting/commands.ipynb #d5e41b33
@@ -178,10 +179,9 @@ def read_weights(
     "The weights in a file; nothing in it is executed."
     if not path.exists(): raise DataError(f"no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+        if path.suffix == ".safetensors": return load_tensors(path)[0]
         import torch
+        check_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return dict(state.items())

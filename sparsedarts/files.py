@@ -250,7 +250,7 @@ def check_sealed(
     path: str | Path,  # a file of `save_checkpoint` or `torch.save`
 ) -> None:
     "Raise `CheckpointError` if the file was changed after it was written."
-    def damaged(why): return CheckpointError(f"{path} is damaged ({why}); restore a copy, or delete it to start again")
+    def damaged(why): return CheckpointError(f"{path} is not a complete checkpoint: {why}; restore a copy, or delete it to start again")
     with open(path, "rb") as file:
         start, size = file.read(2), file.seek(0, io.SEEK_END)
         file.seek(max(0, size - 66000))  # a comment has at most 65,535 bytes
@@ -263,7 +263,7 @@ def check_sealed(
             if digest.hexdigest().encode() != tail[at + len(_SEAL):]: raise damaged("its content does not fit its checksum")
         elif start == b"PK":
             try: bad = zipfile.ZipFile(file).testzip()
-            except Exception as error: raise damaged(f"no complete archive: {error}") from error
+            except Exception as error: raise damaged(f"it is cut short or overwritten ({error})") from error
             if bad: raise damaged(f"the part {bad!r} does not fit its CRC")
 
 def load_checkpoint(
@@ -305,9 +305,13 @@ def save_tensors(
         memory = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    try: data = save(ready, metadata={**metadata, "sha256": _tensors_digest(ready, metadata)})
+    try: data = save(ready)
     except (KeyError, TypeError) as error: raise ParameterError(f"safetensors cannot hold {error}; convert that tensor first") from error
-    return atomic_write(path, data)
+    size = int.from_bytes(data[:8], "little")
+    texts = {"__metadata__": dict(sorted(metadata.items())) | {"sha256": _tensors_digest(ready, metadata)}}  # the library writes them in any order
+    header = json.dumps(texts | json.loads(data[8:8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return atomic_write(path, b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size:]]))
 
 def load_tensors(
     path: str | Path,  # a file of `save_tensors`, or any safetensors file

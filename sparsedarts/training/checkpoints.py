@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['describe', 'code_of', 'checksum', 'signature', 'data_signature', 'mask_state', 'load_mask_state', 'Checkpoint',
-           'pack', 'unpack']
+           'pack', 'unpack', 'fitting']
 
 # %% ../../nbs/06_training/checkpoints.ipynb #a7fcfafa
+import contextlib
 import functools
-import glob
 import hashlib
 import time
 import zlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import CheckpointError, check_number
-from ..files import load_checkpoint, save_checkpoint
+from ..files import clear_abandoned, load_checkpoint, save_checkpoint, validated
 from ..sparse.layers import apply_masks, masked_layers
 from ..sparse.masks import Masks
 
@@ -128,7 +128,7 @@ class Checkpoint:
         every: int | str | None = None,  # steps between writes, "epoch", or None: twice a minute
     ):
         if every not in (None, "epoch"): check_number(every, "checkpoint_every ('epoch', None or a number of steps)", low=1, integer=True)
-        self.path, self.every, self.last = Path(path), every, time.monotonic()
+        self.path, self.every, self.last, self.held = Path(path), every, time.monotonic(), None
         self.configuration = {name: describe(value) for name, value in configuration.items()}
         if self.path.is_dir(): raise CheckpointError(f"{self.path} is a folder; checkpoint must be the path of a file")
 
@@ -147,11 +147,13 @@ class Checkpoint:
         try: save_checkpoint(self.path, {"format": 1, "configuration": self.configuration, **state})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}; an earlier checkpoint there is untouched") from error
-        self.last = time.monotonic()
+        self.last, self.held = time.monotonic(), state.get("step", state.get("steps_done"))
 
-    def load(self) -> dict | None:  # what was saved; None where there is no file yet
+    def load(self,
+        schema=dict,   # what the state must hold, see `validated`
+    ) -> dict | None:  # what was saved; None where there is no file yet
         "Read the file if there is one and insist that it is ours."
-        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"): leftover.unlink(missing_ok=True)
+        clear_abandoned(self.path.parent, self.path.name)
         if not self.path.exists(): return None
         state = load_checkpoint(self.path)
         saved = state.get("configuration")
@@ -159,8 +161,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a checkpoint of a training run; give another path")
         changed = [_difference(k, str(saved.get(k, "absent")), self.configuration.get(k, "absent"))
                    for k in sorted({*saved, *self.configuration}) if saved.get(k) != self.configuration.get(k)]
-        if not changed: return state
-        raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
+        if changed:
+            raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
+        self.held = state.get("step", state.get("steps_done"))
+        return validated(state, schema, self.path, CheckpointError, "delete it to start again, or restore a copy")
+
+    def kept(self) -> str:  # for the message of an error, "" where there is no file
+        "What is left when a run fails."
+        if not self.path.exists(): return ""
+        moment = "" if self.held is None else f" of step {self.held}"
+        return f". The good checkpoint{moment} in {self.path} is kept: the same call goes on from there"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #2ef3bf68
 def pack(
@@ -177,6 +187,14 @@ def unpack(
     "Load the states in the order of `parts`."
     for name, part in parts.items():
         if not hasattr(part, "load_state_dict"): continue
-        try: part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{where} does not fit this run's {name} ({error}); delete it to start again") from error
+        with fitting(where, name): part.load_state_dict(state[name])
+
+@contextlib.contextmanager
+def fitting(
+    where: str | Path,  # the file that is being read
+    name: str,          # what of the run takes a part of it
+):
+    "Say which file does not fit where something of it cannot be taken."
+    try: yield
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{where} does not fit this run's {name} ({error}); delete it to start again") from error
