@@ -124,7 +124,7 @@ def test_a_web_of_links_ends(tmp_path):
         (tmp_path / f"out/{i}/{i}.png").write_bytes(encoded(Image.fromarray(pixels(i))))
         for j in range(12): (tmp_path / f"out/{i}/to{j}").symlink_to(f"../{j}")
     (path / "train/cat/out").symlink_to(tmp_path / "out/0")
-    with pytest.warns(UserWarning, match="133 link or special file"): found = find_images(path)
+    with pytest.warns(UserWarning, match="133 x link or special file"): found = find_images(path)
     assert len(found.parts["train"]) == 8 + 12 and found.parts["train"].labels.tolist() == [0] * 16 + [1] * 4
 
 
@@ -132,7 +132,7 @@ def test_special_files_do_not_hang(tmp_path):
     path = write_folder(tmp_path, contents())
     os.mkfifo(path / "train/ant/pipe.png")
     (path / "train/ant/zero.png").symlink_to("/dev/zero")
-    with pytest.warns(UserWarning, match="2 link or special file"): assert len(find_images(path).parts["train"]) == 8
+    with pytest.warns(UserWarning, match="2 x link or special file"): assert len(find_images(path).parts["train"]) == 8
 
 
 def test_links_inside_a_zip_are_named(tmp_path):
@@ -279,7 +279,7 @@ def test_nothing_is_left_out_without_a_word(tmp_path, zipped):
     path = write_set(tmp_path / "told", {**contents(), **silent, **told}, False) if not zipped else write_zip(tmp_path / "told.zip", {**contents(), **silent, **told})
     with pytest.warns(UserWarning) as caught: assert len(find_images(path).parts["train"]) == 8
     assert len(caught) == 1
-    for text in ("2 .heic (such as train/ant/", "1 .svg (such as test/bee/c.svg)", "2 file beside the class folders", "1 file without suffix", ".jfif"):
+    for text in ("2 x .heic (such as train/ant/", "1 x .svg (such as test/bee/c.svg)", "2 x file beside the class folders", "1 x file without suffix", ".jfif"):
         assert text in str(caught[0].message)
 
 
@@ -295,6 +295,14 @@ def test_every_stated_ending_is_read(tmp_path, zipped):
     with pytest.warns(UserWarning, match="test/ has no images of 1 of 2"): data = load(write_set(tmp_path, files, zipped))
     assert len(data.train) == 2 * len(made) + 1
     assert max((image.float() - data.test.images[0].float()).abs().mean() for image in data.train.images) < 4
+
+
+def test_a_phones_picture_of_two_frames(tmp_path):
+    "Phones write JPEG files with a second picture inside, which PIL calls MPO."
+    frames = [Image.fromarray(pixels(i)) for i in range(2)]
+    content = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert np.array_equal(open_image(content, "a"), open_image(encoded(frames[0], "JPEG"), "a"))
 
 
 def test_the_first_frame_counts():
@@ -553,12 +561,32 @@ def test_a_checkpoint_from_before_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="data was synthetic, 500 training images"): again()
 
 
-def test_a_search_and_a_retraining_know_their_images(tmp_path):
-    import sparsedarts as sd
-    first, second = (load(write_folder(tmp_path / name, contents(train=8, first=seed)), ) for name, seed in (("a", 0), ("b", 100)))
+def two_sets(place: Path) -> list:
+    "The same name, sizes and labels; other pictures."
     import dataclasses
-    second = dataclasses.replace(second, name=first.name)  # the same name, the same labels
-    assert torch.equal(first.train.labels, second.train.labels)
-    options = dict(protocol="laptop", epochs=1, channels=4, layers=3, batch_size=8, progress=False, checkpoint=tmp_path / "retrain.pt")
-    sd.retrain("DARTS_V2", first, **options)
-    with pytest.raises(CheckpointError, match="belongs to another run: data was"): sd.retrain("DARTS_V2", second, **options)
+    sets = [load_data(f"imagefolder:{write_folder(place / str(seed), contents(train=8, first=seed))}") for seed in (0, 100)]
+    assert torch.equal(sets[0].train.labels, sets[1].train.labels)
+    return [dataclasses.replace(data, name="pictures") for data in sets]
+
+
+def runs():
+    import sparsedarts as sd
+    from sparsedarts.training.regimes import iterative_magnitude
+    small = dict(channels=4, layers=3, batch_size=4, progress=False, device="cpu")
+    def pruned(data, path):
+        model = net()
+        sd.sparsify(model, mode="hard")
+        return iterative_magnitude(model, data, "0.5", rate=0.5, steps=2, batch_size=4, progress=False, device="cpu", checkpoint=path)
+    yield "training", lambda data, path: trained(data, path, device="cpu")
+    yield "retraining", lambda data, path: sd.retrain("DARTS_V2", data, "laptop", epochs=1, checkpoint=path, **small)
+    yield "search", lambda data, path: sd.search("darts", data, steps=1, order="first", checkpoint=path, **small)
+    yield "random", lambda data, path: sd.search("random", data, steps=1, candidates=1, checkpoint=path, **small)
+    yield "phases", lambda data, path: sd.search("dass", data, pretrain_epochs=1, prune_epochs=0, finetune_epochs=0, keep="0.5", order="first", checkpoint=path, **small)
+    yield "regime", pruned
+
+
+@pytest.mark.parametrize("name, run", list(runs()), ids=[name for name, _ in runs()])
+def test_every_checkpoint_knows_its_images(tmp_path, name, run):
+    mine, other = two_sets(tmp_path)
+    for _ in range(2): run(mine, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"belongs to another run: data was train \d+ labels (\w+) images \w+.*, now train \d+ labels \1 images"): run(other, tmp_path / "run")

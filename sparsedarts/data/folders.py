@@ -175,9 +175,9 @@ def _tell_passed(
 ) -> None:
     "One warning for all that was left out."
     if not passed: return
-    text = "; ".join(f"{len(members):,} {reason} (such as {members[0]})" for reason, members in sorted(passed.items()))
+    text = "; ".join(f"{len(members):,} x {reason} (such as {members[0]})" for reason, members in sorted(passed.items()))
     read = f"Images are read from class folders, with the endings {' '.join(SUFFIXES)}"
-    warnings.warn(printable(f"{path}: left out are {text}. {read}"), stacklevel=3)
+    warnings.warn(printable(f"{path}: left out: {text}. {read}"), stacklevel=3)
 
 # %% ../../nbs/01_data/folders.ipynb #4049151e
 def _check_classes(
