@@ -172,6 +172,12 @@ def _digest(value):
     "The checksum of plain values; a ValueError where one is NaN or infinite."
     return "sha256 " + hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
+def _saved_digest(entries):
+    "Take the checksum out of a file's entries: None where there is none, something else where its name was damaged."
+    saved = entries.pop("checksum", None)
+    lost = [value for value in entries.values() if isinstance(value, str) and value.startswith("sha256 ")]
+    return "lost" if saved is None and lost else saved
+
 def write_json(
     path: str | Path,  # where to write
     value,             # see `plain`; a dictionary is written with its checksum
@@ -189,7 +195,7 @@ def read_json(
     "Read JSON; a missing or damaged file is a `DataError` that names it."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        saved = value.pop("checksum", None) if isinstance(value, dict) else None
+        saved = _saved_digest(value) if isinstance(value, dict) else None
         actual = _digest(value)
     except FileNotFoundError: raise DataError(f"no file {path}") from None
     except (ValueError, OSError, RecursionError) as error: raise DataError(f"{path} is not readable JSON ({error}); delete it and run again") from None
@@ -290,7 +296,7 @@ def _tensors_digest(tensors, metadata):
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return "sha256 " + digest.hexdigest()
 
 def save_tensors(
     path: str | Path,                       # where to write, for example "weights.safetensors"
@@ -308,7 +314,7 @@ def save_tensors(
     try: data = save(ready)
     except (KeyError, TypeError) as error: raise ParameterError(f"safetensors cannot hold {error}; convert that tensor first") from error
     size = int.from_bytes(data[:8], "little")
-    texts = {"__metadata__": dict(sorted(metadata.items())) | {"sha256": _tensors_digest(ready, metadata)}}  # the library writes them in any order
+    texts = {"__metadata__": dict(sorted(metadata.items())) | {"checksum": _tensors_digest(ready, metadata)}}  # the library writes them in any order
     header = json.dumps(texts | json.loads(data[8:8 + size]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return atomic_write(path, b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size:]]))
@@ -328,7 +334,7 @@ def load_tensors(
         why = "a pickle (torch.save), which could run code when opened" if pickled else f"not a complete safetensors file ({error})"
         what = "use load_checkpoint for our own, or save its tensors as safetensors" if pickled else "save it again or restore a copy"
         raise CheckpointError(f"{path} is {why}: {what}") from error
-    saved = metadata.pop("sha256", None)
+    saved = _saved_digest(metadata)
     if saved in (None, _tensors_digest(tensors, metadata)): return tensors, metadata
     raise CheckpointError(f"{path} was changed after it was written: its tensors do not fit their checksum; save it again or restore a copy")
 

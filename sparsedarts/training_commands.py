@@ -21,7 +21,7 @@ import typer
 from .commands import (NETWORK, Cells, Channels, Seed, Stem, Width, affordable, build_network, check_stem, network_sizes, only_tensors,
                                   read_genotype, read_weights)
 from .core import DataError, ParameterError, check_choice, derive_seed, get_device, seed_everything, unknown_name
-from .files import atomic_write, plain, read_json, save_tensors, write_json
+from .files import atomic_write, clear_abandoned, plain, read_json, save_tensors, write_json
 from .reporting.console import Json, say
 
 # %% ../nbs/08_reporting/training_commands.ipynb #1085f9a9
@@ -94,6 +94,7 @@ def claimed(
     if settings is not None: _refuse_other(folder, note, plain(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(folder)
         if settings is not None: write_json(note, settings)
         yield folder
     except BaseException:

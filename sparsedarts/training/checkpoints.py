@@ -196,5 +196,6 @@ def fitting(
 ):
     "Say which file does not fit where something of it cannot be taken."
     try: yield
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except (CheckpointError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        if str(where) in str(error): raise
         raise CheckpointError(f"{where} does not fit this run's {name} ({error}); delete it to start again") from error
