@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from sparsedarts.core import CheckpointError, DataError, ParameterError
@@ -17,6 +19,7 @@ from sparsedarts.data.augment import channel_statistics
 from sparsedarts.data.batches import Memory
 from sparsedarts.data.folders import LARGEST_FILE, Files, find_images
 from sparsedarts.data.images import ImageFormat, decode, image_form, open_image
+from sparsedarts.data.layout import split_member, walk_folder
 from sparsedarts.data.loading import load_data
 from sparsedarts.data.sources import ImageSet, Request, imagenet16
 from sparsedarts.training.checkpoints import data_signature
@@ -108,6 +111,18 @@ def test_one_outside_file_linked_twice(tmp_path, names):
     with pytest.raises(DataError, match="same by a link"): find_images(path)
 
 
+@pytest.mark.parametrize("folder, refused", [("test/cat/all", True), ("train/cat/all", False)])
+def test_a_file_and_its_folder_linked(tmp_path, folder, refused):
+    "One link leads to a file, another to the folder that holds it; found by the property test below."
+    path, outside = write_folder(tmp_path / "set", contents(classes=("cat", "dog"))), write_folder(tmp_path / "out", {"0.png": encoded(Image.fromarray(pixels(99)))})
+    (path / "train/cat/a.png").symlink_to(outside / "0.png")
+    (path / folder).symlink_to(outside)
+    if refused:
+        with pytest.raises(DataError, match="same by a link"): find_images(path)
+    else:
+        with pytest.warns(UserWarning, match="train/cat/a.png is train/cat/all/0.png again"): assert len(find_images(path).parts["train"]) == 9
+
+
 @pytest.mark.parametrize("link, target", [("train/cat/x.png", "nowhere.png"), ("train/cat/x.png", "x.png"), ("train/fox", "/nowhere/fox"), ("train/cat/loop", "loop"),
                                           ("val", "nowhere"), ("val", "val")])
 def test_broken_links_are_refused_by_name(tmp_path, link, target):
@@ -126,6 +141,32 @@ def test_a_web_of_links_ends(tmp_path):
     (path / "train/cat/out").symlink_to(tmp_path / "out/0")
     with pytest.warns(UserWarning, match="133 x link or special file"): found = find_images(path)
     assert len(found.parts["train"]) == 8 + 12 and found.parts["train"].labels.tolist() == [0] * 16 + [1] * 4
+
+
+PLACES = ["set", "set/train", "set/test", *(f"set/{part}/{kind}" for part in ("train", "test") for kind in ("cat", "dog")), "set/train/cat/deep", "out", "out/deep"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(links=st.lists(st.tuples(st.sampled_from(PLACES[3:]), st.sampled_from("abz"), st.sampled_from([*PLACES, "out/0.png", "set/train/cat/0.png", "out/deep/0.png"])), max_size=5))
+def test_any_links(tmp_path_factory, links):
+    "Whatever links to whatever: refused, or every real file is met once, under one class, and the real ones under their own."
+    root = tmp_path_factory.mktemp("links").resolve()
+    for place in PLACES[3:]:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "0.png").write_bytes(b"x")
+    for holder, name, target in links:
+        link = root / holder / (name + Path(target).suffix)
+        if not link.is_symlink(): link.symlink_to(root / target)
+    try: found = walk_folder(root / "set").members
+    except DataError as error:
+        assert "the same by a link" in str(error)
+        return
+    files = [member for member in found if member.endswith(".png")]
+    real = [os.path.realpath(root / "set" / member) for member in files]
+    assert len(set(real)) == len(files)
+    for member, path in zip(files, real):
+        if path.startswith(f"{root}/set/"): assert split_member(member) == split_member(os.path.relpath(path, root / "set"))
+    assert {path for path in real if "/set/" in path} == {str(root / place / "0.png") for place in PLACES[3:] if place.startswith("set")}
 
 
 def test_special_files_do_not_hang(tmp_path):

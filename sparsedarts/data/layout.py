@@ -113,7 +113,10 @@ def walk_folder(
     for part in sorted(parts, key=lambda entry: entry.name):
         if part.is_symlink(): walk.links.append(part.name)
         elif part.is_dir(): walk.enter(part.name)
+    files = []
     while walk.links:
-        pending, walk.links = sorted(walk.links), deque()
-        for place in pending: walk.follow(place)
+        place = walk.links.popleft()
+        if (Path(folder) / place).is_dir(): walk.follow(place)
+        else: files.append(place)
+    for place in sorted(files): walk.follow(place)
     return Listing(walk.members, walk.notes)
