@@ -102,7 +102,8 @@ def claimed(
         if all(path.is_dir() or path.name in NOTES for path in made):
             for path in made:
                 with contextlib.suppress(OSError): path.rmdir() if path.is_dir() else path.unlink()
-            if before is not None: note.write_bytes(before)
+            if before is not None:
+                with contextlib.suppress(OSError): atomic_write(note, before)
         raise
 
 NOTES = ("settings.json", "recipe.json")  # files that say what was asked for; with nothing beside them, nothing was stored
