@@ -117,7 +117,8 @@ def whole_folder(
 ):                       # the folder to be filled, beside it
     "Fill a folder aside inside the block; at its end the folder takes its place, and after an error the old one is untouched."
     target, aside = Path(target), None
-    def failed(error): return StorageError(f"cannot write {target}: {error.strerror or error}; what was there is untouched, free some space or choose another folder")
+    def failed(error):
+        return StorageError(f"cannot write {target}: {error.strerror or error}; what was there is untouched, free some space or choose another folder")
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +199,11 @@ def read_json(
         saved = _saved_digest(value) if isinstance(value, dict) else None
         actual = _digest(value)
     except FileNotFoundError: raise DataError(f"no file {path}") from None
-    except (ValueError, OSError, RecursionError) as error: raise DataError(f"{path} is not readable JSON ({error}); delete it and run again") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}); delete it and run again") from None
     if saved in (None, actual): return value
-    raise DataError(f"{path} was changed after it was written: its content does not fit its checksum; restore a copy, or delete it and run again "
-                    "(after a change by hand, remove the entry 'checksum')")
+    raise DataError(f"{path} was changed after it was written: its content does not fit its checksum; restore a copy, "
+                    "or delete it and run again (after a change by hand, remove the entry 'checksum')")
 
 # %% ../nbs/00_core/files.ipynb #7cae01c0
 @functools.cache
@@ -314,7 +316,8 @@ def save_tensors(
     try: data = save(ready)
     except (KeyError, TypeError) as error: raise ParameterError(f"safetensors cannot hold {error}; convert that tensor first") from error
     size = int.from_bytes(data[:8], "little")
-    texts = {"__metadata__": dict(sorted(metadata.items())) | {"checksum": _tensors_digest(ready, metadata)}}  # the library writes them in any order
+    metadata = dict(sorted(metadata.items())) | {"checksum": _tensors_digest(ready, metadata)}
+    texts = {"__metadata__": metadata}  # the library would write them in any order
     header = json.dumps(texts | json.loads(data[8:8 + size]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return atomic_write(path, b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size:]]))
@@ -336,7 +339,8 @@ def load_tensors(
         raise CheckpointError(f"{path} is {why}: {what}") from error
     saved = _saved_digest(metadata)
     if saved in (None, _tensors_digest(tensors, metadata)): return tensors, metadata
-    raise CheckpointError(f"{path} was changed after it was written: its tensors do not fit their checksum; save it again or restore a copy")
+    raise CheckpointError(f"{path} was changed after it was written: its tensors do not fit their checksum; "
+                          "save it again or restore a copy")
 
 # %% ../nbs/00_core/files.ipynb #3f17b906
 def run_folder(

@@ -36,14 +36,16 @@ def may_be_infinite(
 ) -> frozenset:        # names
     "Buffers and resting parameters that hold NaN or infinity on purpose."
     moved = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return frozenset(name for name in not_finite(numbers_of(model)) if name not in moved and name.rpartition(".")[2] not in STATISTICS)
+    found = not_finite(numbers_of(model))
+    return frozenset(name for name in found if name not in moved and name.rpartition(".")[2] not in STATISTICS)
 
 def refuse_weights(
     model: nn.Module,  # about to be saved
     what: str,         # "the network to be saved"
 ) -> None:
     "Raise `NumericalError` if a parameter or a running statistic is NaN or infinite."
-    refuse_not_finite(numbers_of(model), what, "such weights are not worth a file; go back to an earlier checkpoint", known=may_be_infinite(model))
+    remedy = "such weights are not worth a file; go back to an earlier checkpoint"
+    refuse_not_finite(numbers_of(model), what, remedy, known=may_be_infinite(model))
 
 # %% ../../nbs/06_training/finite.ipynb #0a590e8e
 def check_measured(
@@ -55,7 +57,10 @@ def check_measured(
     "Refuse a loss that is no finite number, and warn of one that only a diverged network has."
     if not math.isfinite(loss):
         bad = next(iter(not_finite(numbers_of(model)).items()), None)
-        cause = "its weights are finite, but its outputs overflow" if bad is None else f"{bad[1][0]} of {bad[1][1]} values of {bad[0]} are NaN or infinite"
-        raise NumericalError(f"the mean loss on {images} images is {loss}: {cause}; the network has diverged, go back to an earlier checkpoint or train it anew")
-    if loss > 1000 * math.log(max(classes, 2)):
-        warnings.warn(f"the mean loss on {images} images is {loss:.3g}, that of guessing {math.log(max(classes, 2)):.3g}: the network has diverged", stacklevel=4)
+        cause = "its weights are finite, but its outputs overflow"
+        if bad is not None: cause = f"{bad[1][0]} of {bad[1][1]} values of {bad[0]} are NaN or infinite"
+        raise NumericalError(f"the mean loss on {images} images is {loss}: {cause}; the network has diverged, "
+                             "go back to an earlier checkpoint or train it anew")
+    guessing = math.log(max(classes, 2))
+    if loss > 1000 * guessing:
+        warnings.warn(f"the mean loss on {images} images is {loss:.3g}, that of guessing {guessing:.3g}: the network has diverged", stacklevel=4)
