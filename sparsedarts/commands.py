@@ -7,7 +7,6 @@ __all__ = ['Channels', 'Cells', 'Width', 'Seed', 'NETWORK', 'Stem', 'read_genoty
            'build_network', 'read_shape', 'cost', 'draw', 'read_weights', 'only_tensors', 'prune']
 
 # %% ../nbs/08_reporting/commands.ipynb #447dcb63
-import json
 import math
 import os
 from pathlib import Path
@@ -15,25 +14,17 @@ from typing import Annotated
 
 import typer
 
-from .core import DataError, ParameterError, check_choice, seed_everything, unknown_name
-from .files import read_json
+from .core import DataError, ParameterError, check_choice, seed_everything
+from .files import check_sealed, load_tensors
 from .reporting.console import Json, one_line, say
 
 # %% ../nbs/08_reporting/commands.ipynb #d5e41b33
 def read_genotype(
-    text: str,  # a published cell's name, a .json file, "Genotype(...)", or a NAS-Bench-201 string
+    text: str,  # a published cell's name, a file or folder of a search, a log, "Genotype(...)", or a NAS-Bench-201 string
 ):              # a genotype; a NAS-Bench-201 string stays one
     "The cell that a word of the command line means."
-    from sparsedarts.space.catalogue import genotype, genotypes
-    from sparsedarts.space.genotypes import Genotype, parse_genotype
-    if "|" in text: return text
-    if text.lstrip().startswith("Genotype("): return parse_genotype(text)
-    if text.endswith(".json"):
-        found = read_json(text)
-        return found["genotype"] if isinstance(found, dict) and isinstance(found.get("genotype"), str) else Genotype.from_json(found)
-    names = list(genotypes()["name"])
-    if text not in names: raise unknown_name("network", text, ["resnet", "vgg", *names], "`sparsedarts list --cells`")
-    return genotype(text)
+    from sparsedarts.space.reading import read_architecture
+    return read_architecture(text, others=("resnet", "vgg"))
 
 # %% ../nbs/08_reporting/commands.ipynb #e5a1c0d5
 def check_stem(
@@ -80,7 +71,7 @@ Channels = Annotated[int | None, typer.Option(min=1, max=65_536, help="C of a ne
 Cells = Annotated[int | None, typer.Option(min=1, max=1000, help="Its cells, 20 if not given.", show_default=False)]
 Width = Annotated[float, typer.Option(max=1024, help="Factor on the channels of resnet and vgg.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and all else that is drawn.")]
-NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")
+NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a file or log with a genotype, or its text.")
 Stem = Annotated[str, typer.Option(help="Of a network of cells: cifar or imagenet.", show_default=False)]
 
 def build_network(
@@ -164,7 +155,7 @@ def cost(
 
 # %% ../nbs/08_reporting/commands.ipynb #95f54a30
 def draw(
-    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")],
+    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a file or log with a genotype, or its text.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes: .svg or .png.")] = Path("cell.svg"),
     as_json: Json = False,
 ) -> None:
@@ -188,10 +179,9 @@ def read_weights(
     "The weights in a file; nothing in it is executed."
     if not path.exists(): raise DataError(f"no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+        if path.suffix == ".safetensors": return load_tensors(path)[0]
         import torch
+        check_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return dict(state.items())

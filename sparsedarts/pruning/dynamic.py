@@ -174,7 +174,7 @@ class DynamicPruner:
 
     def step(self) -> None:
         "To be called after every step of the optimiser; `MaskError` if it, or a layer, was exchanged."
-        self.watch.check()
+        self.watch.check(self.masks)
         self.t, late = self.t + 1, self.awaited
         if follows(self, self.t): update(self, self.t)
         self.awaited = replaces(self, self.t + 1) or (late and self.t + 1 < self.schedule.last)

@@ -366,6 +366,6 @@ def prune(
         if optimizers and mode == "hard":
             check_owned(layers, optimizers, frozen=True)
             hold(model, optimizers)
-    warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
+    warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}", stacklevel=4)
     warn_if_dense(model, exclude, stacklevel=4)
     return beside(masks, model)

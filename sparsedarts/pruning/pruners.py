@@ -132,7 +132,7 @@ class Pruner:
 
     def step(self) -> None:
         "To be called after every step of the optimiser; `MaskError` if it, or a layer, was exchanged."
-        self.watch.check()
+        self.watch.check(self.masks)
         self.t += 1
         move(self)
         self.watch.note()

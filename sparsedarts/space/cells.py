@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..core import ParameterError, ShapeError, check_choice, check_number
 from ..nets.resnets import check_images
-from .catalogue import genotype as published_genotype
-from .genotypes import Genotype, parse_genotype
+from .genotypes import Genotype
 from .ops import FactorizedReduce, Layers, ReLUConvBN, as_layers, operation_size, operations
+from .reading import read_architecture
 from ..sparse.layers import unwrapped
 
 # %% ../../nbs/05_space/cells.ipynb #78b80900
@@ -208,7 +208,7 @@ class DerivedNetwork(CellNetwork):
 
 # %% ../../nbs/05_space/cells.ipynb #c12d218b
 def derive(
-    genotype,                                # a `Genotype`, a name such as "DARTS_V2", "Genotype(...)", or a NAS-Bench-201 string
+    genotype,                                # an architecture in any form that `read_architecture` reads: a `Genotype`, "DARTS_V2", a file ...
     channels: int | None = None,             # C of the first cell; None: 36 (16 for a NAS-Bench-201 string)
     layers: int | None = None,               # number of cells; None: 20 (5 in each of 3 stages for a NAS-Bench-201 string)
     classes: int = 10,                       # number of logits
@@ -220,15 +220,13 @@ def derive(
 ) -> nn.Module:                              # new weights from the caller's torch seed
     "The stand-alone network of a cell (Liu et al. 2019); CIFAR papers use 36 channels and 20 cells, ImageNet ones 48 and 14."
     check_number(classes, "classes", low=1, integer=True)
-    if isinstance(genotype, str) and genotype.lstrip().startswith("|"):
+    genotype = read_architecture(genotype)
+    if isinstance(genotype, str):  # of NAS-Bench-201
         if auxiliary or stem != "cifar" or drop_path_prob:
             raise ParameterError("a NAS-Bench-201 network has no auxiliary head, ImageNet stem or drop path")
         from sparsedarts.space.nasbench201 import nasbench201_network
         return nasbench201_network(genotype, channels=16 if channels is None else channels, layers=5 if layers is None else layers, classes=classes,
                                    in_channels=in_channels, layer_type=layer_type)
-    if isinstance(genotype, str): genotype = parse_genotype(genotype) if "(" in genotype else published_genotype(genotype)
-    if not isinstance(genotype, Genotype):
-        raise ParameterError(f"derive needs a Genotype or the name of a published cell, got {type(genotype).__name__}")
     net = DerivedNetwork(genotype, 36 if channels is None else channels, 20 if layers is None else layers, classes, auxiliary, stem, in_channels,
                          as_layers(layer_type))
     net.drop_path_prob = drop_path_prob

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from ..core import ParameterError, ShapeError, check_choice, check_number
 from ..files import atomic_write
 from ..plots import new_figure, png, theme
-from .catalogue import genotype as published_genotype
+from .catalogue import ALIASES, catalogue
 from .cells import DerivedNetwork
 from .darts import Supernet
-from .genotypes import Genotype, parse_cell, parse_genotype
-from .nasbench201 import NB201_EDGES, NB201_OPERATIONS, NB201Network, NB201Supernet, parse_nb201
+from .genotypes import parse_cell
+from .nasbench201 import NB201Network, NB201Supernet
+from .nb201_strings import NB201_EDGES, NB201_OPERATIONS, parse_nb201
 from .ops import Space
+from .reading import read_architecture
 from ..sparse.layers import check_held, masked_layers, unwrapped
 
 # %% ../../nbs/05_space/draw.ipynb #cdab0485
@@ -313,7 +315,7 @@ def cell_weights(
 
 # %% ../../nbs/05_space/draw.ipynb #a8890f4a
 def cell_graphs(
-    source,         # a genotype, the name of a published cell, "Genotype(...)", a NAS-Bench-201 string, a derived network, or a supernet
+    source,         # a derived network, a supernet, or an architecture in any form that `read_architecture` reads
     cell: str | None = None,  # "normal", "reduce", or None for both
     weights=None,   # see `cell_weights`; for a supernet a dictionary cell -> (edges, operations)
 ) -> dict:          # name of the cell -> CellGraph
@@ -322,7 +324,8 @@ def cell_graphs(
     if weights is not None and not isinstance(weights, Mapping): weights = {"cell": weights} if cell is None else {cell: weights}
     network = unwrapped(source) if isinstance(source, nn.Module) else None
     bench = isinstance(network, (NB201Network, NB201Supernet))
-    if bench or (isinstance(source, str) and source.lstrip().startswith("|")):
+    if network is None: source = read_architecture(source)
+    if bench or isinstance(source, str):
         if cell is not None: raise ParameterError(f"a NAS-Bench-201 network has one kind of cell; leave out cell={cell!r}")
         if isinstance(network, NB201Supernet): return {"cell": nasbench201_graph((weights or network.weights())["cell"].detach())}
         edges = nasbench201_edges(network.genotype if bench else source)
@@ -338,9 +341,7 @@ def cell_graphs(
     if isinstance(network, DerivedNetwork):
         if weights is None and masked_layers(network): weights = {kind: edge_density(network, kind) for kind in kinds}
         source = network.genotype
-    if isinstance(source, str): source = parse_genotype(source) if "(" in source else published_genotype(source)
-    if not isinstance(source, Genotype):
-        raise ParameterError(f"draw needs a Genotype, the name of a published cell, a derived network or a supernet, got {type(source).__name__}")
+    elif network is not None: raise ParameterError(f"draw needs a cell, a derived network or a supernet, got {type(network).__name__}")
     if weights is not None and "cell" in weights:
         raise ParameterError("weights of both cells must be a dictionary {\"normal\": ..., \"reduce\": ...}")
     return {kind: CellGraph(source.edges(kind), source.concat(kind), 2, cell_weights(weights, source.edges(kind), kind)) for kind in kinds}
@@ -387,8 +388,12 @@ def place(
     return figure
 
 # %% ../../nbs/05_space/draw.ipynb #7c83c74c
+def _published_name(source) -> str:
+    "The name of a published cell, \"\" for everything else."
+    return source if isinstance(source, str) and ALIASES.get(source, source) in catalogue() else ""
+
 def draw(
-    source,                    # a genotype, a published cell's name, "Genotype(...)", a NAS-Bench-201 string, a derived network, or a supernet
+    source,                    # a derived network, a supernet, or an architecture in any form that `read_architecture` reads
     cell: str | None = None,   # "normal", "reduce", or None: both, one below the other
     weights=None,              # one number in [0, 1] an edge (by cell, for both): its line's width; None: what a network says
     title: str | None = None,  # None: the published name, if there is one
@@ -397,7 +402,7 @@ def draw(
     "A cell as a picture: inputs left, operations as labelled edges, output right."
     check_number(scale, "scale", low=0.2, high=10)
     graphs = cell_graphs(source, cell, weights)
-    if title is None: title = source if isinstance(source, str) and not {"(", "|"} & set(source) else ""
+    if title is None: title = _published_name(source)
     full = max(w for g in graphs.values() for w in g.weights) if isinstance(source, nn.Module) and any(g.kept for g in graphs.values()) else 1.0
     names = {"normal": "normal cell", "reduce": "reduction cell", "cell": "cell"}
     panels = [(", ".join(filter(None, (title, names[kind]))), graph, f"{kind}-", full) for kind, graph in graphs.items()]
@@ -419,7 +424,7 @@ def gallery(
         raise ParameterError(f"gallery needs a list of cells with at least one, got {names!r:.80}")
     panels, texts = [], []
     for i, source in enumerate(names):
-        name, graphs = source if isinstance(source, str) and "(" not in source and "|" not in source else f"cell {i + 1}", cell_graphs(source, cell)
+        name, graphs = _published_name(source) or f"cell {i + 1}", cell_graphs(source, cell)
         for kind, graph in graphs.items():
             full = max(graph.weights) if graph.kept else 1.0
             panels.append((f"{name}, {'reduction' if kind == 'reduce' else kind}" if kind != "cell" else name, graph, f"{i}-{kind}-", full))

@@ -339,10 +339,10 @@ def compact(
     network = plain_copy(model)
     x, modes = example_input(network, example), [(module, module.training) for module in network.modules()]
     with torch.no_grad():
-        whole, before = run_example(network.eval(), x), cost(network, x.shape[1:])
+        whole, before = run_example(network.eval(), x), cost(network, x[:1])
         flow = follow_channels(network, x[:2] if len(x) > 1 else torch.cat([x, x]))
         record = take_out(network, flow, x, fold, round_to, exclude)
-        after, difference = cost(network, x.shape[1:]), largest(whole, run_example(network, x))
+        after, difference = cost(network, x[:1]), largest(whole, run_example(network, x))
     for module, training in modes: module.training = training
     record = Compaction(before.params, after.params, before.macs, after.macs, difference, largest(whole), **record)
     network.difference, network.compaction, network.extra_repr = difference, record, record.__repr__
