@@ -309,3 +309,35 @@ def test_the_parts_of_a_checkpoint_are_checked(tmp_path):
     for changed in (dict(rng={}), dict(rng=dict(python=[3, [1], None])), dict(masks={"x": {}}), dict(parts={}), dict(parts=state["parts"] | {"batches": {}})):
         files.save_checkpoint(tmp_path / "run.pt", state | changed)
         with pytest.raises(CheckpointError, match="run.pt does not fit this run's"): sd.train(net(), data, **options)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[laptop", b"lr = 1", b"a = " + b"[" * 100_000])
+def test_damaged_presets_are_named_and_do_not_stop_the_list(clone, content):
+    from sparsedarts.reporting.notebooks import read_presets
+    (clone / "reports" / "sweeps").mkdir()
+    (clone / "reports" / "sweeps" / "dass.toml").write_bytes(content)
+    shutil.copy(ROOT / "nbs" / "papers" / "dass.ipynb", clone / "nbs" / "papers")
+    with pytest.raises(DataError, match="dass.toml"): read_presets(clone / "reports" / "sweeps" / "dass.toml")
+    assert "dass cannot be run: " in command("list", "--root", clone)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"configuration": []}', '{"configuration": {"recipe": 5}, "done": []}', '{"configuration": {}, "done": 3}'])
+def test_a_damaged_record_of_a_recipe_is_named(tmp_path, content):
+    from sparsedarts.training.recipes import hydra
+    (tmp_path / "recipe.json").write_text(content)
+    net = sd.resnet(8, width=0.25, in_channels=1, classes=4)
+    with pytest.raises((CheckpointError, DataError), match="recipe.json"):
+        hydra(net, sd.load_data("digits", classes=4), keep=0.5, checkpoint=tmp_path, progress=False)
+
+
+def test_a_stage_of_another_shape_is_refused(tmp_path):
+    from sparsedarts.strategy.found import load_stage, save_stage
+    net = sd.derive("DARTS_V2", 2, 3, in_channels=1)
+    save_stage(tmp_path / "stage.pt", net, "pretrain", {})
+    state = files.load_checkpoint(tmp_path / "stage.pt")
+    for name, value in dict(about=[], weights=None, masks=5, stage=3).items():
+        files.save_checkpoint(tmp_path / "stage.pt", state | {name: value})
+        with pytest.raises(CheckpointError, match=f"stage.pt has not the expected content, at '{name}'"): load_stage(tmp_path / "stage.pt", net, "prune", {})
+    name, weight = next((name, p) for name, p in net.named_parameters() if p.dim() == 4)
+    files.save_checkpoint(tmp_path / "stage.pt", state | {"masks": {name: torch.full_like(weight, 0.5)}})
+    with pytest.raises(CheckpointError, match="stage.pt does not fit this run's masks"): load_stage(tmp_path / "stage.pt", net, "prune", {})

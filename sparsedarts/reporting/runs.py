@@ -30,7 +30,7 @@ from .trials import duration
 # %% ../../nbs/08_reporting/runs.ipynb #cf40fc1c
 class Parameters(TypedDict, total=False):
     "What pages and tables read of a run's parameters; a notebook may have any others."
-    seeds: list
+    seeds: list | None
 
 class Environment(TypedDict, total=False):
     "What they read of its environment."
