@@ -38,12 +38,15 @@ def list_containers(
         listing = walk_folder(path)
         zips = sorted(path.glob("*.zip"))
         found = sorted(entry.name for entry in os.scandir(path))
-    except OSError as error: raise DataError(f"{printable(error.filename or path)} cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise DataError(f"{printable(error.filename or path)} cannot be read ({error.strerror})") from error
     if any(split_member(member) for member in listing.members): return {path: listing}
     if zips: return {file: list_zip(file) for file in zips}
     inner = next((name for name in found if (path / name / "train").is_dir()), None)
-    advice = f"{inner} in it does: give {path / inner}" if inner else "expected train/<class>/*.jpg and test/<class>/*.jpg"
-    raise DataError(printable(f"{path} holds no train/ folder and no zip (found: {', '.join(found[:5]) or 'nothing'}); {advice}"))
+    advice = "expected train/<class>/*.jpg and test/<class>/*.jpg"
+    if inner: advice = f"{inner} in it does: give {path / inner}"
+    text = f"{path} holds no train/ folder and no zip (found: {', '.join(found[:5]) or 'nothing'}); {advice}"
+    raise DataError(printable(text))
 
 def open_zip(
     path: Path,  # a zip file
@@ -112,7 +115,8 @@ class Files:
         try:
             number, name, size = int(self.container[index]), self._name(index), self.size(index)
             archive = self._archive(number)
-            with archive.open(name) if archive else open(self.containers[number] / name, "rb") as file: content = file.read(size + 1)
+            source = archive.open(name) if archive else open(self.containers[number] / name, "rb")
+            with source: content = source.read(size + 1)
             if len(content) != size: raise DataError(f"it has not the {size:,} bytes that were announced")
             return content
         except Exception as error:
@@ -137,7 +141,8 @@ class Files:
         if self._counted: return self._counted
         sizes = np.array([self.size(index) for index in range(len(self))], dtype=np.int64)
         total = zlib.crc32(sizes.tobytes(), zlib.crc32(self.names.tobytes()))
-        for index in range(0, len(self), max(1, -(-int(sizes.sum()) // SAMPLED))): total = zlib.crc32(self.read(index), total)
+        step = max(1, -(-int(sizes.sum()) // SAMPLED))
+        for index in range(0, len(self), step): total = zlib.crc32(self.read(index), total)
         self._counted = f"{total:08x}"
         return self._counted
 
@@ -147,7 +152,7 @@ class Files:
 # %% ../../nbs/01_data/folders.ipynb #7c878819
 def group_members(
     containers: dict[Path, Listing],     # container -> what it holds
-) -> tuple[dict, dict]:                  # part -> class -> [(container number, path)], sorted by path; what is passed over -> [examples]
+) -> tuple[dict, dict]:                  # part -> class -> [(container number, path)]; reason -> [what is left out]
     "Sort the images of all containers into parts and classes."
     parts, seen, passed = {}, {}, {}
     for number, (container, listing) in enumerate(containers.items()):
@@ -163,11 +168,13 @@ def group_members(
                 seen[member] = container
                 files.append((number, member))
             elif not member.endswith("/"):
-                reason = Path(member).suffix.lower() or "file without suffix" if kind else "file beside the class folders"
+                reason = "file beside the class folders"
+                if kind: reason = Path(member).suffix.lower() or "file without suffix"
                 passed.setdefault(reason, []).append(member)
     def order(file): return unicodedata.normalize("NFC", file[1]), file
     found = {part: kinds for part, kinds in parts.items() if kinds}
-    return {part: {kind: sorted(kinds[kind], key=order) for kind in sorted(kinds)} for part, kinds in found.items()}, passed
+    found = {part: {kind: sorted(kinds[kind], key=order) for kind in sorted(kinds)} for part, kinds in found.items()}
+    return found, passed
 
 def _tell_passed(
     path: str | Path,          # the set
@@ -175,7 +182,8 @@ def _tell_passed(
 ) -> None:
     "One warning for all that was left out."
     if not passed: return
-    text = "; ".join(f"{len(members):,} x {reason} (such as {members[0]})" for reason, members in sorted(passed.items()))
+    counts = [f"{len(members):,} x {reason} (such as {members[0]})" for reason, members in sorted(passed.items())]
+    text = "; ".join(counts)
     read = f"Images are read from class folders, with the endings {' '.join(SUFFIXES)}"
     warnings.warn(printable(f"{path}: left out: {text}. {read}"), stacklevel=3)
 
@@ -187,14 +195,19 @@ def _check_classes(
 ) -> None:
     "Refuse what no training can be right about."
     path, classes = printable(path), list(parts.get("train", ()))
-    if not classes: raise DataError(f"{path} has no images at train/<class>/; found {', '.join(parts) or 'no part at all'}")
+    if not classes:
+        raise DataError(f"{path} has no images at train/<class>/; found {', '.join(parts) or 'no part at all'}")
     for part, kinds in parts.items():
         for kind, files in kinds.items():
-            if not files: raise DataError(f"class folder {part}/{kind} of {path} holds no image ({' '.join(SUFFIXES)}); fill or remove it")
+            if not files:
+                raise DataError(f"class folder {part}/{kind} of {path} holds no image ({' '.join(SUFFIXES)}); "
+                                "fill or remove it")
             close = [f"; did you mean {name!r}?" for name in difflib.get_close_matches(kind, classes, n=1)]
-            if kind not in classes: raise DataError(f"class {kind!r} of {path} is in {part}/ but not in train/{''.join(close)}")
+            if kind not in classes:
+                raise DataError(f"class {kind!r} of {path} is in {part}/ but not in train/{''.join(close)}")
     if len(classes) == 1:
-        raise DataError(f"{path} has one class only, {classes[0]!r}, so that every answer would be right; {_inside(classes[0], containers)}")
+        advice = _inside(classes[0], containers)
+        raise DataError(f"{path} has one class only, {classes[0]!r}, so that every answer would be right; {advice}")
 
 def _inside(
     kind: str,                        # the only class
@@ -209,7 +222,8 @@ def _inside(
             if PARTS[folders[0]] == "train": inner.update(folders[2:3])
     if not inner: return "give each class a folder of its own, train/<class>/"
     names = [printable(name) for name in sorted(inner)]
-    return f"train/{kind} holds the folders {', '.join(names[:5])}: if these are the classes, move them up, to train/{names[0]}"
+    listed = ", ".join(names[:5])
+    return f"train/{kind} holds the folders {listed}: if these are the classes, move them up, to train/{names[0]}"
 
 # %% ../../nbs/01_data/folders.ipynb #12ba55a7
 @dataclass(frozen=True)
@@ -229,7 +243,8 @@ def find_images(
     classes = tuple(parts["train"])
     if "test" not in parts and "valid" in parts: parts["test"] = parts.pop("valid")
     if "test" not in parts:
-        raise DataError(f"{printable(path)} has train/ but neither test/<class>/ nor val/<class>/ to measure accuracy on")
+        raise DataError(f"{printable(path)} has train/ but neither test/<class>/ nor val/<class>/ to measure accuracy "
+                        "on")
     files = {}
     for part, kinds in parts.items():
         absent = [kind for kind in classes if kind not in kinds]

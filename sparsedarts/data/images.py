@@ -19,8 +19,8 @@ from torch import Tensor
 from ..core import DataError, ParameterError, check_choice, check_number
 
 # %% ../../nbs/01_data/images.ipynb #0aba8c1b
-FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",),
-           "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",)}
+FORMATS = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",),
+           "WEBP": (".webp",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm", ".pbm", ".pnm"), "AVIF": (".avif",)}
 LARGEST_IMAGE = 2 ** 27  # pixels: 11,585 x 11,585
 
 @functools.cache
@@ -37,7 +37,7 @@ def printable(
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 # %% ../../nbs/01_data/images.ipynb #79ff593c
-GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's names for images without colour
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's names for no colour
 
 def _opened(
     content: bytes,  # the file
@@ -58,7 +58,8 @@ def _unreadable(
 ) -> DataError:  # to be raised
     "The error for a file that cannot be decoded."
     reason = str(reason).split("<")[0].strip() or type(reason).__name__
-    return DataError(f"{where} is not a readable image ({reason}); replace or remove it (formats: {', '.join(readable_formats())})")
+    formats = ", ".join(readable_formats())
+    return DataError(f"{where} is not a readable image ({reason}); replace or remove it (formats: {formats})")
 
 def open_image(
     content: bytes,             # the file
@@ -99,7 +100,7 @@ def image_form(
 ) -> tuple[int, int, bool]:   # height and width as it will stand, is it grey?
     "Size and colour of an image, from its header."
     image = _opened(content, where)
-    lies = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL gives the size of a TIFF as it will stand
+    lies = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL has turned the size of a TIFF already
     height, width = image.size if lies else image.size[::-1]
     return height, width, image.mode in GREY_MODES
 
@@ -145,7 +146,8 @@ def check_colour(
     from PIL import ImageColor
     try: ImageColor.getrgb(name)
     except (ValueError, AttributeError, TypeError):
-        raise ParameterError(f"background must be a colour such as 'white', 'black' or '#ff8800', got {name!r}") from None
+        text = f"background must be a colour such as 'white', 'black' or '#ff8800', got {name!r}"
+        raise ParameterError(text) from None
     return name
 
 # %% ../../nbs/01_data/images.ipynb #f5361f2f

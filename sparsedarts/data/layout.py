@@ -18,7 +18,8 @@ from .images import FORMATS, printable
 # %% ../../nbs/01_data/layout.ipynb #ce558cff
 PARTS = {"train": "train", "test": "test", "val": "valid", "valid": "valid", "validation": "valid"}  # folder -> part
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # of files that are read
-LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "Thumbs.db", "desktop.ini")  # by systems
+LEFT_BEHIND = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+               "Thumbs.db", "desktop.ini")  # by systems
 
 def is_hidden(
     name: str,  # of a file or folder
@@ -30,7 +31,7 @@ def split_member(
     member: str,              # path inside a folder or zip, "train/cat/0001.jpg"; a folder ends in "/"
 ) -> tuple | None:            # part, class ("" for a file that is in no class), is it an image?; None for anything else
     "Read a path as part, class and file; one more folder around everything is allowed."
-    *folders, file = member.replace("\\", "/").removeprefix("./").split("/")  # some programs for Windows write backslashes into zips
+    *folders, file = member.replace("\\", "/").removeprefix("./").split("/")  # backslashes: zips made on Windows
     if any(is_hidden(word) for word in (*folders, file) if word): return None
     if folders and folders[0] not in PARTS: folders = folders[1:]
     if not folders or folders[0] not in PARTS: return None
@@ -86,7 +87,8 @@ class _Links(_Walk):
         if not os.path.exists(target):
             raise DataError(f"{printable(self.root / place)} is a link to {printable(target)}, which does not exist; "
                             "restore it or remove the link")
-        if f"{holder}/".startswith(f"{target.rstrip('/')}/"): self.notes.append(f"{place} leads back to a folder above it")
+        above = f"{holder}/".startswith(f"{target.rstrip('/')}/")
+        if above: self.notes.append(f"{place} leads back to a folder above it")
         elif os.path.isdir(target): self.enter(place)
         elif not os.path.isfile(target): self.notes.append(f"{place} is neither a file nor a folder")
         elif self.known(target, place) == place: self.members.append(place)
@@ -102,8 +104,8 @@ class _Links(_Walk):
         "A second way to what was met already: left out within a class, else refused."
         def owner(path): return (split_member(f"{path}/") or ())[:2]
         if owner(place) == owner(known): return self.notes.append(f"{place} is {known} again")
-        raise DataError(f"{printable(self.root / place)} and {printable(known)} are the same by a link, which would put the "
-                        "same images into two classes or parts; remove the link, or copy what belongs there")
+        raise DataError(printable(f"{self.root / place} and {known} are the same by a link, which would put the same images "
+                                  "into two classes or parts; remove the link, or copy what belongs there"))
 
 def walk_folder(
     folder: Path,     # the folder that holds train/ and test/

@@ -113,8 +113,8 @@ def measure_channels(
     means, deviations = channel_statistics(store.images if isinstance(store, Memory) else store.sample(2048))
     if all(deviation == 1 for deviation in deviations):
         colour = " ".join(f"{255 * mean:.0f}" for mean in means)
-        raise DataError(f"all training images are one and the same colour ({colour} of 255), so there is nothing to learn from; "
-                        "look at a file, and if it is drawn in white on transparent, give background='black'")
+        raise DataError(f"all training images are one and the same colour ({colour} of 255), so there is nothing to "
+                        "learn from; look at a file, and if it is drawn in white on transparent, give background='black'")
     return means, deviations
 
 def keep_classes(

@@ -53,8 +53,8 @@ class ImageSet:
             if not len(store): raise DataError(f"the {part} part of this set holds no images")
             low, high = int(store.labels.min()), int(store.labels.max())
             if low < 0 or high >= len(self.classes):
-                raise DataError(f"the {part} part has labels from {low} to {high}, but there are {len(self.classes)} classes, "
-                                f"0 to {len(self.classes) - 1}")
+                raise DataError(f"the {part} part has labels from {low} to {high}, but there are {len(self.classes)} "
+                                f"classes, 0 to {len(self.classes) - 1}")
 
 datasets = Registry("data set")
 

@@ -78,7 +78,8 @@ def data_signature(
     name, shape = getattr(data, "name", type(data).__name__), getattr(data, "shape", None)
     there = [part for part in ("train", "valid", "test") if hasattr(getattr(data, part, None), "__len__")]
     parts = [f"{part} {_split_signature(getattr(data, part))}" for part in there]
-    return ", ".join([f"{name}, images {shape and tuple(shape)}", *parts, f"augmentation {describe(getattr(data, 'augmentation', None))}"])
+    augmentation = describe(getattr(data, "augmentation", None))
+    return ", ".join([f"{name}, images {shape and tuple(shape)}", *parts, f"augmentation {augmentation}"])
 
 def _split_signature(
     split,    # of `load_data`, or anything with a length, perhaps with labels and images
@@ -86,9 +87,11 @@ def _split_signature(
     "One part of a data set as text."
     labels, store, statistics = getattr(split, "labels", None), getattr(split, "store", None), ""
     known = checksum(labels) if isinstance(labels, Tensor) else "unknown"
-    if hasattr(store, "fingerprint"): pixels = f"{zlib.crc32(store.fingerprint().encode(), int(checksum(split.indices), 16)):08x}"
+    if hasattr(store, "fingerprint"):
+        pixels = f"{zlib.crc32(store.fingerprint().encode(), int(checksum(split.indices), 16)):08x}"
     else: pixels = checksum(split.images) if isinstance(getattr(split, "images", None), Tensor) else "unknown"
-    if hasattr(split, "mean"): statistics = " normalised by " + " ".join(f"{value:.5g}" for value in (*split.mean, *split.std))
+    if hasattr(split, "mean"):
+        statistics = " normalised by " + " ".join(f"{value:.5g}" for value in (*split.mean, *split.std))
     return f"{len(split)} labels {known} images {pixels}{statistics}"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #7e99e943
