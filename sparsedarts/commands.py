@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .core import DataError, ParameterError, check_choice, seed_everything
+from .files import check_sealed, load_tensors
 from .reporting.console import Json, one_line, say
 
 # %% ../nbs/08_reporting/commands.ipynb #d5e41b33
@@ -70,7 +71,7 @@ Channels = Annotated[int | None, typer.Option(min=1, max=65_536, help="C of a ne
 Cells = Annotated[int | None, typer.Option(min=1, max=1000, help="Its cells, 20 if not given.", show_default=False)]
 Width = Annotated[float, typer.Option(max=1024, help="Factor on the channels of resnet and vgg.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of weights, order and all else that is drawn.")]
-NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")
+NETWORK = typer.Argument(help="resnet, vgg, a published cell (DARTS_V2), a file or log with a genotype, or its text.")
 Stem = Annotated[str, typer.Option(help="Of a network of cells: cifar or imagenet.", show_default=False)]
 
 def build_network(
@@ -154,7 +155,7 @@ def cost(
 
 # %% ../nbs/08_reporting/commands.ipynb #95f54a30
 def draw(
-    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a .json file of `search`, or a NAS-Bench-201 string.")],
+    cell: Annotated[str, typer.Argument(help="A published cell (DARTS_V2), a file or log with a genotype, or its text.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes: .svg or .png.")] = Path("cell.svg"),
     as_json: Json = False,
 ) -> None:
@@ -178,10 +179,9 @@ def read_weights(
     "The weights in a file; nothing in it is executed."
     if not path.exists(): raise DataError(f"no file {path}")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
+        if path.suffix == ".safetensors": return load_tensors(path)[0]
         import torch
+        check_sealed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         return dict(state.items())

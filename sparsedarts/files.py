@@ -117,7 +117,8 @@ def whole_folder(
 ):                       # the folder to be filled, beside it
     "Fill a folder aside inside the block; at its end the folder takes its place, and after an error the old one is untouched."
     target, aside = Path(target), None
-    def failed(error): return StorageError(f"cannot write {target}: {error.strerror or error}; what was there is untouched, free some space or choose another folder")
+    def failed(error):
+        return StorageError(f"cannot write {target}: {error.strerror or error}; what was there is untouched, free some space or choose another folder")
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -172,6 +173,12 @@ def _digest(value):
     "The checksum of plain values; a ValueError where one is NaN or infinite."
     return "sha256 " + hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
+def _saved_digest(entries):
+    "Take the checksum out of a file's entries: None where there is none, something else where its name was damaged."
+    saved = entries.pop("checksum", None)
+    lost = [value for value in entries.values() if isinstance(value, str) and value.startswith("sha256 ")]
+    return "lost" if saved is None and lost else saved
+
 def write_json(
     path: str | Path,  # where to write
     value,             # see `plain`; a dictionary is written with its checksum
@@ -189,13 +196,14 @@ def read_json(
     "Read JSON; a missing or damaged file is a `DataError` that names it."
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        saved = value.pop("checksum", None) if isinstance(value, dict) else None
+        saved = _saved_digest(value) if isinstance(value, dict) else None
         actual = _digest(value)
     except FileNotFoundError: raise DataError(f"no file {path}") from None
-    except (ValueError, OSError, RecursionError) as error: raise DataError(f"{path} is not readable JSON ({error}); delete it and run again") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}); delete it and run again") from None
     if saved in (None, actual): return value
-    raise DataError(f"{path} was changed after it was written: its content does not fit its checksum; restore a copy, or delete it and run again "
-                    "(after a change by hand, remove the entry 'checksum')")
+    raise DataError(f"{path} was changed after it was written: its content does not fit its checksum; restore a copy, "
+                    "or delete it and run again (after a change by hand, remove the entry 'checksum')")
 
 # %% ../nbs/00_core/files.ipynb #7cae01c0
 @functools.cache
@@ -250,7 +258,7 @@ def check_sealed(
     path: str | Path,  # a file of `save_checkpoint` or `torch.save`
 ) -> None:
     "Raise `CheckpointError` if the file was changed after it was written."
-    def damaged(why): return CheckpointError(f"{path} is damaged ({why}); restore a copy, or delete it to start again")
+    def damaged(why): return CheckpointError(f"{path} is not a complete checkpoint: {why}; restore a copy, or delete it to start again")
     with open(path, "rb") as file:
         start, size = file.read(2), file.seek(0, io.SEEK_END)
         file.seek(max(0, size - 66000))  # a comment has at most 65,535 bytes
@@ -263,7 +271,7 @@ def check_sealed(
             if digest.hexdigest().encode() != tail[at + len(_SEAL):]: raise damaged("its content does not fit its checksum")
         elif start == b"PK":
             try: bad = zipfile.ZipFile(file).testzip()
-            except Exception as error: raise damaged(f"no complete archive: {error}") from error
+            except Exception as error: raise damaged(f"it is cut short or overwritten ({error})") from error
             if bad: raise damaged(f"the part {bad!r} does not fit its CRC")
 
 def load_checkpoint(
@@ -290,7 +298,7 @@ def _tensors_digest(tensors, metadata):
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return "sha256 " + digest.hexdigest()
 
 def save_tensors(
     path: str | Path,                       # where to write, for example "weights.safetensors"
@@ -305,9 +313,14 @@ def save_tensors(
         memory = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    try: data = save(ready, metadata={**metadata, "sha256": _tensors_digest(ready, metadata)})
+    try: data = save(ready)
     except (KeyError, TypeError) as error: raise ParameterError(f"safetensors cannot hold {error}; convert that tensor first") from error
-    return atomic_write(path, data)
+    size = int.from_bytes(data[:8], "little")
+    metadata = dict(sorted(metadata.items())) | {"checksum": _tensors_digest(ready, metadata)}
+    texts = {"__metadata__": metadata}  # the library would write them in any order
+    header = json.dumps(texts | json.loads(data[8:8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return atomic_write(path, b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size:]]))
 
 def load_tensors(
     path: str | Path,  # a file of `save_tensors`, or any safetensors file
@@ -324,9 +337,10 @@ def load_tensors(
         why = "a pickle (torch.save), which could run code when opened" if pickled else f"not a complete safetensors file ({error})"
         what = "use load_checkpoint for our own, or save its tensors as safetensors" if pickled else "save it again or restore a copy"
         raise CheckpointError(f"{path} is {why}: {what}") from error
-    saved = metadata.pop("sha256", None)
+    saved = _saved_digest(metadata)
     if saved in (None, _tensors_digest(tensors, metadata)): return tensors, metadata
-    raise CheckpointError(f"{path} was changed after it was written: its tensors do not fit their checksum; save it again or restore a copy")
+    raise CheckpointError(f"{path} was changed after it was written: its tensors do not fit their checksum; "
+                          "save it again or restore a copy")
 
 # %% ../nbs/00_core/files.ipynb #3f17b906
 def run_folder(

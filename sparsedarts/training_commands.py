@@ -21,7 +21,7 @@ import typer
 from .commands import (NETWORK, Cells, Channels, Seed, Stem, Width, affordable, build_network, check_stem, network_sizes, only_tensors,
                                   read_genotype, read_weights)
 from .core import DataError, ParameterError, check_choice, derive_seed, get_device, seed_everything, unknown_name
-from .files import atomic_write, plain, read_json, write_json
+from .files import atomic_write, clear_abandoned, plain, read_json, save_tensors, write_json
 from .reporting.console import Json, say
 
 # %% ../nbs/08_reporting/training_commands.ipynb #1085f9a9
@@ -94,6 +94,7 @@ def claimed(
     if settings is not None: _refuse_other(folder, note, plain(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(folder)
         if settings is not None: write_json(note, settings)
         yield folder
     except BaseException:
@@ -101,7 +102,8 @@ def claimed(
         if all(path.is_dir() or path.name in NOTES for path in made):
             for path in made:
                 with contextlib.suppress(OSError): path.rmdir() if path.is_dir() else path.unlink()
-            if before is not None: note.write_bytes(before)
+            if before is not None:
+                with contextlib.suppress(OSError): atomic_write(note, before)
         raise
 
 NOTES = ("settings.json", "recipe.json")  # files that say what was asked for; with nothing beside them, nothing was stored
@@ -277,8 +279,7 @@ def report_training(
     as_json: bool,
 ) -> None:
     "Write the weights, say how it went."
-    from safetensors.torch import save
-    atomic_write(weights, save({name: value.detach().cpu().contiguous() for name, value in result.model.state_dict().items()}))
+    save_tensors(weights, result.model.state_dict())
     accuracy = result.metrics.get("test_accuracy", result.metrics.get("train_accuracy"))
     say(dict(metrics=result.metrics, seconds=round(result.seconds, 2), weights=weights), as_json, f"{accuracy:.2f} % after {result.seconds:.1f} s; weights in {weights}")
 

@@ -21,6 +21,7 @@ from sparsedarts.space.genotypes import TopologyWarning
 from sparsedarts.space.nb201_strings import NB201_OPERATIONS, format_nb201
 from sparsedarts.space.ops import operations
 from sparsedarts.space.reading import read_architecture
+from sparsedarts.strategy.sampling import genotype_text
 from sparsedarts.training.retraining import changed, retraining_network
 
 V2 = catalogue()["DARTS_V2"].genotype
@@ -117,6 +118,16 @@ def test_bench_strings():
     with pytest.raises(UnknownName, match="unknown NAS-Bench-201 operation 'nor_conv_5x5'; did you mean"): read_architecture(BENCH.replace("3x3", "5x5", 1))
     for wrong in ("|none~0|", BENCH.replace("~2", "~1"), BENCH[:-8], BENCH + "+|none~0|", "|", "||"):
         with pytest.raises(ParameterError, match="not a NAS-Bench-201 cell"): read_architecture(wrong)
+
+
+def test_the_line_of_a_table():
+    for entry in catalogue().values(): assert read_architecture(entry.genotype.short()) == entry.genotype, entry.name
+    wide = [("skip_connect", 0), ("skip_connect", 1)] * 10
+    g = sd.Genotype(wide, range(2, 12), wide, range(2, 12))
+    assert g.short() == g.to_json() and read_architecture(g.short()) == g, "nodes above 9 have no letter"
+    assert genotype_text(g) == g.short() and genotype_text(BENCH) == BENCH
+    a, b = (quiet(lambda: sd.Genotype(V2.normal, concat, V2.reduce, [2, 3, 4, 5]))[0] for concat in ([4, 5], [5, 4]))
+    assert genotype_text(a) != genotype_text(b), "cells that differ only in what they concatenate are told apart"
 
 
 # ---------------------------------------------------------------- everything asks the same reader
@@ -337,7 +348,7 @@ def test_every_form_of_every_genotype_is_read_back(normal, reduce):
     free = dict(zip(FIELDS, (list(g.edges("normal")), g.normal_concat, list(g.edges("reduce")), g.reduce_concat)))
     nested, back = fields(g, per_node), free | dict(normal=turned(free["normal"]), reduce=turned(free["reduce"]))
     numpy_text = call(fields(g, lambda edges: [(edge[0], *map(np.int64, edge[1:])) for edge in edges]))
-    texts = [str(g), repr(g), g.to_json(), f"genotypes.{g}", f"12:00 genotype = {g}\nmore (lines)", json.dumps(dict(genotype=fields(g))), str(fields(g)),
+    texts = [str(g), repr(g), g.to_json(), g.short(), f"genotypes.{g}", f"12:00 genotype = {g}\nmore (lines)", json.dumps(dict(genotype=fields(g))), str(fields(g)),
              call(free), call(nested), call(back), json.dumps(nested), numpy_text, str(namedtuple("Genotype", FIELDS)(*fields(g).values()))]
     assert ("np.int64(" in numpy_text) == (np.__version__ >= "2")
     values = [g, fields(g), free, nested, back, tuple(nested.values()), [*free.values(), None, None], namedtuple("G", FIELDS)(**fields(g))]

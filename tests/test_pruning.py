@@ -361,3 +361,11 @@ def test_scores_of_many_weights_are_checked():
     check_scores({"w": scores})
     scores[77] = float("nan")
     with pytest.raises(ArithmeticError, match="1 NaN or infinite values of 1000000 in layer 'w'"): check_scores({"w": scores})
+
+
+def test_warnings_point_at_the_line_that_prunes():
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1), torch.nn.LSTM(1, 1))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        prune(model, 0.999)
+    assert len(seen) == 2 and all(warning.filename == __file__ for warning in seen)

@@ -28,7 +28,8 @@ def channel_statistics(
         mean = (count @ levels / count.sum()).item()
         variance = (count @ (levels - mean) ** 2 / count.sum()).item()
         means.append(mean)
-        deviations.append(variance ** 0.5 or 1.0)
+        varies = count.count_nonzero() > 1  # the rounded variance of equal values may be 1e-34
+        deviations.append(variance ** 0.5 if varies else 1.0)
     return tuple(means), tuple(deviations)
 
 # %% ../../nbs/01_data/augment.ipynb #add1b892

@@ -58,7 +58,7 @@ class DiskImages(Dataset):
     ) -> Tensor:                  # uint8 (C, H, W)
         "Decode one image."
         where = self.files.where(index)
-        image = fit_channels(open_image(self.files.read(index), where), where, self.format)
+        image = fit_channels(open_image(self.files.read(index), where, self.format.background), where, self.format)
         if seed is None: return image_tensor(fit_size(image, where, self.format, self.margin))
         uniforms = torch.rand(ATTEMPTS, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         top, left, height, width = random_window(image.height, image.width, uniforms)
@@ -85,6 +85,8 @@ class Disk:
     shape = property(lambda self: self.reader.format.shape)
 
     def __len__(self): return len(self.reader)
+
+    def fingerprint(self) -> str: return self.reader.files.fingerprint()
 
     def on(self, device: torch.device) -> tuple[None, Tensor]:  # no images, labels
         "Labels on a device; copied there once."

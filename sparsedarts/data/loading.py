@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from ..core import ParameterError, check_choice, check_number, get_device
+from ..core import DataError, ParameterError, check_choice, check_number, get_device
 from .augment import channel_statistics, check_augmentation
 from .batches import Memory
-from .images import draw_images
+from .images import check_colour, draw_images, printable
 from .sources import ImageSet, Request, datasets
 from .splits import Split, stratified_split
 
@@ -110,7 +110,12 @@ def measure_channels(
 ) -> tuple:          # means, deviations, C numbers each
     "Mean and standard deviation of the channels of the training images."
     store = source.parts["train"]
-    return channel_statistics(store.images if isinstance(store, Memory) else store.sample(2048))
+    means, deviations = channel_statistics(store.images if isinstance(store, Memory) else store.sample(2048))
+    if all(deviation == 1 for deviation in deviations):
+        colour = " ".join(f"{255 * mean:.0f}" for mean in means)
+        raise DataError(f"all training images are one and the same colour ({colour} of 255), so there is nothing to "
+                        "learn from; look at a file, and if it is drawn in white on transparent, give background='black'")
+    return means, deviations
 
 def keep_classes(
     source: ImageSet,
@@ -118,7 +123,7 @@ def keep_classes(
 ) -> ImageSet:
     "The set with its first classes only."
     if count is None: return source
-    check_number(count, "classes", low=1, high=len(source.classes), integer=True)
+    check_number(count, "classes", low=2, high=len(source.classes), integer=True)
     parts = {part: store.select((store.labels < count).nonzero().flatten()) for part, store in source.parts.items()}
     return dataclasses.replace(source, parts=parts, classes=source.classes[:count])
 
@@ -134,6 +139,7 @@ def load_data(
     memory: int = 2 * 2 ** 30,     # bytes of images to hold in memory; larger folders are read from disk
     workers: int = 2,              # processes that read from disk
     root: str | Path | None = None,  # where CIFAR lies; None: SPARSEDARTS_DATA, else data/
+    background: str = "white",     # colour behind the transparent pixels of images in files
 ) -> Data:
     "Load an image set by name."
     kind, path = parse_name(name)
@@ -141,7 +147,8 @@ def load_data(
     check_choice(channels, (None, 1, 3), "channels")
     check_number(memory, "memory", low=0)
     check_number(workers, "workers", low=0, integer=True)
-    source = keep_classes(datasets[kind](Request(path, size, channels, classes, int(memory), workers, root)), classes)
+    request = Request(path, size, channels, classes, int(memory), workers, root, check_colour(background))
+    source = keep_classes(datasets[kind](request), classes)
     parts = {part: store.to(get_device(device)) for part, store in source.parts.items()}
     store, shape = parts["train"], tuple(parts["train"].shape)
     mean, std = measure_channels(source)
@@ -150,5 +157,5 @@ def load_data(
     if "valid" in parts: indices = torch.arange(len(store)), torch.arange(len(parts["valid"]))
     else: indices = stratified_split(store.labels, valid, seed)
     def split(store, indices): return Split(store, indices, mean, std, settings)
-    return Data(name, split(store, indices[0]), split(parts.get("valid", store), indices[1]),
+    return Data(printable(name), split(store, indices[0]), split(parts.get("valid", store), indices[1]),
                 split(parts["test"], torch.arange(len(parts["test"]))), source.classes, shape, mean, std, settings)

@@ -23,7 +23,7 @@ from ..core import DataError, Registry, derive_seed
 from .batches import Memory
 from .disk import Disk, DiskImages
 from .folders import find_images, probe_format, read_all
-from .images import resize_images, set_channels
+from .images import printable, resize_images, set_channels
 from .splits import stratified_split
 from ..files import project_root
 
@@ -38,6 +38,7 @@ class Request:
     memory: int = 2 * 2 ** 30      # bytes of images that may be held in memory
     workers: int = 2               # processes that read from disk
     root: str | Path | None = None  # where downloaded sets lie
+    background: str = "white"      # colour behind transparent pixels of images in files
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -46,6 +47,14 @@ class ImageSet:
     classes: tuple[str, ...]       # names in the order of the labels
     flip: bool = True              # does a mirrored image keep its class?
     resized_crop: bool = False     # are images of many sizes, so that training takes random windows?
+
+    def __post_init__(self):
+        for part, store in self.parts.items():
+            if not len(store): raise DataError(f"the {part} part of this set holds no images")
+            low, high = int(store.labels.min()), int(store.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise DataError(f"the {part} part has labels from {low} to {high}, but there are {len(self.classes)} "
+                                f"classes, 0 to {len(self.classes) - 1}")
 
 datasets = Registry("data set")
 
@@ -129,7 +138,7 @@ def fetch_cifar(
 ):                # the torchvision data set
     "The set if it is there and complete, else download it, else say what to do."
     try: return factory(str(root), train=train)
-    except RuntimeError: pass
+    except (RuntimeError, OSError): pass  # absent, incomplete, or not readable
     try: return factory(str(root), train=train, download=True)
     except Exception as error:
         name = factory.__name__.lower()
@@ -145,6 +154,9 @@ def cifar(
     parts, classes = {}, ()
     for part in ("train", "test"):
         raw = fetch_cifar(factory, data_root(request.root), part == "train")
+        if raw.data.dtype != np.uint8 or raw.data.shape != (len(raw.targets), 32, 32, 3):
+            raise DataError(f"{factory.__name__.lower()} holds {raw.data.dtype} images of shape {raw.data.shape} and "
+                            f"{len(raw.targets)} labels; fetch it again")
         images = torch.from_numpy(raw.data).permute(0, 3, 1, 2).contiguous()
         parts[part] = array_store(images, torch.tensor(raw.targets), request, factory.__name__.lower())
         classes = tuple(raw.classes)
@@ -188,13 +200,13 @@ def read_batch(
     "Read one batch of the downsampled ImageNet."
     try:
         with open(path, "rb") as file: raw = ArrayUnpickler(file, encoding="latin1").load()
-        pixels, labels = raw["data"], np.asarray(raw["labels"])
+        pixels, labels = raw["data"], np.asarray(raw["labels"]).reshape(len(raw["labels"]))
     except FileNotFoundError: raise DataError(f"no file {path}; expected train_data_batch_1 to train_data_batch_10 and val_data") from None
     except Exception as error: raise DataError(f"{path} is not a batch of the downsampled ImageNet ({error})") from error
     side = int((getattr(pixels, "size", 0) / 3 / max(len(labels), 1)) ** 0.5)
     good = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (len(labels), 3 * side * side) and side > 0
-    if not (good and labels.dtype.kind in "iu" and labels.min() >= 1):
-        raise DataError(f"{path} does not hold uint8 images of three channels with labels from 1")
+    if not (good and labels.dtype.kind in "iu" and labels.min() >= 1 and labels.max() <= 1000):
+        raise DataError(f"{path} does not hold uint8 images of three channels with labels from 1 to 1000")
     return torch.from_numpy(pixels.reshape(-1, 3, side, side)), torch.from_numpy(labels.astype(np.int64) - 1)
 
 # %% ../../nbs/01_data/sources.ipynb #792cccaf
@@ -204,7 +216,7 @@ def imagenet16(
 ) -> ImageSet:
     "The downsampled ImageNet from its pickled batches; classes=120 gives ImageNet16-120."
     folder = Path(request.path).expanduser()
-    if not folder.is_dir(): raise DataError(f"no folder {folder}; expected one with train_data_batch_1 to train_data_batch_10 and val_data")
+    if not folder.is_dir(): raise DataError(f"no folder {printable(folder)}; expected one with train_data_batch_1 to train_data_batch_10 and val_data")
     files = {"train": [folder / f"train_data_batch_{i}" for i in range(1, 11)], "test": [folder / "val_data"]}
     parts, known = {}, 0
     for part, paths in files.items():
@@ -227,7 +239,7 @@ def imagefolder(
 ) -> ImageSet:
     "train/<class>/*.jpg and test/ or val/, in a folder, a zip, or a folder of zips."
     found = find_images(request.path)
-    format, uniform = probe_format(found, request.size, request.channels)
+    format, uniform = probe_format(found, request.size, request.channels, request.background)
     needed = sum(len(files) for files in found.parts.values()) * format.channels * format.height * format.width
     if needed <= request.memory:
         stores = {part: Memory(read_all(files, format), files.labels) for part, files in found.parts.items()}

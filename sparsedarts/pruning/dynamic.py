@@ -26,7 +26,7 @@ from .scores import random, score_layers
 from .selection import top_masks
 from ..sparse.holding import Watch, as_optimizers, check_owned, hold
 from ..sparse.kinds import outside_inference
-from ..sparse.layers import beside, check_held, put_masks, warn_if_dense
+from ..sparse.layers import beside, check_held, put_masks, warn_if_dense, weight_names
 from ..sparse.masks import Masks
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #f3b6320e
@@ -166,7 +166,7 @@ class DynamicPruner:
         for level in (self.initial, self.schedule.target): check_feasible(self.criterion, self.layers, level)
         self.model, self.optimizers, self.fraction, self.accumulate = model, optimizers, fraction, accumulate
         self.t, self.awaited, self.sums, self.summed, self.history, self.ever = 0, False, {}, 0, [], None
-        self.hold, self.absent = hold(model, optimizers, every_step), Absent(self.layers)
+        self.hold, self.absent = hold(model, optimizers, every_step), Absent(self.layers, model)
         self.watch = Watch(model, self.layers, optimizers, "DynamicPruner")
         self.hooks = [part.register_step_pre_hook(lambda part, args, kwargs: before_step(self, part, args, kwargs)) for part in optimizers]
         begin(self)
@@ -287,13 +287,15 @@ class Absent:
     "Sums of dense gradients, kept beside `.grad`, which holds the gradients of active weights alone."
     def __init__(self,
         layers: dict[str, nn.Module],  # name of the weight -> masked layer
+        model: nn.Module,              # their network, where other layers may share these weights
     ):
-        self.layers, self.sums, self._hooks = layers, {}, []
+        self.layers, self.model, self.sums, self._hooks = layers, model, {}, []
 
     def listen(self, wanted: bool) -> None:
         "Begin or stop to take gradients."
         if wanted == bool(self._hooks): return
-        for layer in self.layers.values(): layer.dense_gradient = wanted
+        for name, layer in weight_names(self.model):
+            if name in self.layers: layer.dense_gradient = wanted
         for hook in self._hooks: hook.remove()
         self.sums, self._hooks = {}, [self._hook(name, layer) for name, layer in self.layers.items()] if wanted else []
 

@@ -187,11 +187,12 @@ class Criterion:
         values = score_layers(model, layers, self.score, self.data, generator)
         return {name: self.grain.items(by_unit(value, layers[name])) for name, value in values.items()}
 
-    def alive(self, masks, layers) -> dict[str, Tensor] | None:
-        "The items that masks keep; None stays None."
+    def alive(self, masks, layers=None) -> dict[str, Tensor] | None:
+        "The items that masks keep; None stays None. `layers` tells which are transposed convolutions; without it none is."
         if masks is None: return None
-        self.grain.check(shapes_of({name: layers[name] for name in masks}))
-        return {name: self.grain.alive(by_unit(mask, layers[name])) for name, mask in masks.items()}
+        units = {name: by_unit(mask, layers and layers[name]) for name, mask in masks.items()}
+        self.grain.check({name: tuple(mask.shape) for name, mask in units.items()})
+        return {name: self.grain.alive(mask) for name, mask in units.items()}
 
     def expand(self, chosen, layers) -> Masks:
         "Weight masks of item masks."
@@ -366,6 +367,6 @@ def prune(
         if optimizers and mode == "hard":
             check_owned(layers, optimizers, frozen=True)
             hold(model, optimizers)
-    warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}")
+    warn_if_emptied(masks, f"pruning to sparsity {float(sparsities[-1]):g}", stacklevel=4)
     warn_if_dense(model, exclude, stacklevel=4)
     return beside(masks, model)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Examples', 'balanced', 'deal', 'own_random', 'class_count', 'from_split', 'from_pairs', 'examples', 'drawn',
-           'untouched', 'first_tensor', 'mean_loss', 'gradients', 'as_inputs', 'derived', 'looking', 'meet',
-           'batch_mean', 'snip', 'grasp', 'image_shape', 'synflow']
+           'untouched', 'first_tensor', 'mean_loss', 'gradients', 'as_inputs', 'derived', 'as_labels', 'looking',
+           'meet', 'batch_mean', 'snip', 'grasp', 'image_shape', 'synflow']
 
 # %% ../../nbs/03_pruning/saliency.ipynb #5df4c427
 import contextlib
@@ -270,7 +270,7 @@ def gradients(
 ) -> list[Tensor]:         # of the mean loss, in the weights' shapes
     "Gradients of the loss on one batch."
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    x, y = as_inputs(x, weights[0]), y.to(weights[0].device)
+    x, y = as_inputs(x, weights[0]), as_labels(y, weights[0])
     with sdpa_kernel(SDPBackend.MATH) if graph else contextlib.nullcontext():  # fused attention has no second derivative
         total = mean_loss(unwrapped(model)(x), y, temperature, loss)
     return derived(total, weights, graph)
@@ -280,7 +280,8 @@ def as_inputs(
     like: Tensor,   # a weight of the network
 ) -> Tensor:        # on the weight's device, and of its precision if it is floating point
     "A batch as the network can take it."
-    return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+    x = x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+    return x.clone() if x.is_inference() else x  # what was made in inference mode cannot be part of a graph
 
 def derived(
     scalar: Tensor,          # what to derive
@@ -291,6 +292,14 @@ def derived(
     if not scalar.requires_grad: return [torch.zeros_like(w) for w in weights]
     found = torch.autograd.grad(scalar, weights, create_graph=graph, allow_unused=True)
     return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found)]
+
+def as_labels(
+    y: Tensor,      # labels, of any type
+    like: Tensor,   # a weight of the network
+) -> Tensor:        # on the weight's device, of their own type
+    "Labels as the loss can take them."
+    y = y.to(like.device)
+    return y.clone() if y.is_inference() else y
 
 @contextlib.contextmanager
 def looking(

@@ -76,7 +76,7 @@ class ScoredLayer:
     ):
         super().__init__(*args, **kwargs)
         self._start(rule)
-        with torch.no_grad(): self.scores.copy_(kaiming_uniform(None, {"": self})[""])
+        with torch.no_grad(): self.scores.copy_(as_stored(nn.init.kaiming_uniform_(torch.empty(unit_shape(self)), a=math.sqrt(5)), self))
         [kept] = LayerCeil().counts({}, {"": self.weight.numel()}, 1 - kept_share(keep)).values()
         self.budget = Budget([self], kept)
 
@@ -224,6 +224,7 @@ def to_scored(
     chosen -= excluded
     if not chosen: raise ParameterError(f"no layer is left to score: include={include!r}, exclude={exclude!r}")
     check_convertible(network, chosen, "soft")
+    if include is None: warn_left_dense(network, excluded, 4, [layer.weight for layer in layers.values()], f"scores are for {SCORED_NAMES}")
     try:
         _convert([layer for name, layer in layers.items() if name in chosen], rule)
         set_scores(model, initial, data, seed)
@@ -232,7 +233,6 @@ def to_scored(
         drop_scores(model)
         raise
     settle_readers(network)
-    if include is None: warn_left_dense(network, excluded, 4, [layer.weight for layer in layers.values()], f"scores are for {SCORED_NAMES}")
     return model
 
 def _convert(layers, rule):

@@ -140,8 +140,8 @@ def read_presets(
     path: Path,   # reports/sweeps/<paper>.toml; may be missing
 ) -> dict:        # name -> {parameter: value}; smoke first
     "The presets of a paper."
-    try: tables = tomllib.loads(path.read_text()) if path.exists() else {}
-    except tomllib.TOMLDecodeError as error: raise DataError(f"{path} is not valid TOML: {error}") from None
+    try: tables = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error: raise DataError(f"{path} is not valid TOML: {error}") from None
     loose = [name for name, table in tables.items() if not isinstance(table, dict)]
     if loose: raise DataError(f"{path}: every entry belongs to a preset, as in [laptop]; outside of one: {', '.join(loose)}")
     return {"smoke": {}} | tables

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from ..core import DataError, ParameterError, RunError
-from ..files import atomic_write, project_root, whole_folder, write_json
+from ..files import atomic_write, clear_abandoned, project_root, whole_folder, write_json
 from .claims import VERDICTS, Verdicts, claims_html
 from .notebooks import find_paper, papers, studies
 from .rendering import notebook_html, page_html
@@ -194,6 +194,7 @@ def write_report(
     for name in [*papers(root), *studies(root)]:
         with contextlib.suppress(DataError, ParameterError, RunError): titles[name] = find_paper(name, root).title
     pages = reports / "pages"
+    for folder in (reports, reports / "samples", pages): clear_abandoned(folder)
     for run in find_runs(root):
         own = run.folder / "report.html"
         if run.sample and own.exists(): linked.append((run, f"samples/{run.folder.name}/report.html"))

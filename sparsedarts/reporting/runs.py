@@ -30,7 +30,7 @@ from .trials import duration
 # %% ../../nbs/08_reporting/runs.ipynb #cf40fc1c
 class Parameters(TypedDict, total=False):
     "What pages and tables read of a run's parameters; a notebook may have any others."
-    seeds: list
+    seeds: list | None
 
 class Environment(TypedDict, total=False):
     "What they read of its environment."
@@ -133,8 +133,10 @@ def read_run(
             found = judged_results(folder)
             known = dict(found, status="done", started=found["written"], preset=str(found["parameters"].get("preset", "")))
     except DataError as error:
-        named = {name: known[name] for name in ("paper", "preset", "started") if isinstance(known, dict) and isinstance(known.get(name), str)}
-        return Run(**{"paper": folder.name.split("-")[0], "preset": "", **named}, folder=folder, status="damaged", error=str(error), sample=sample)
+        known = known if isinstance(known, dict) else {}
+        named = {name: known[name] for name in ("paper", "preset", "started") if isinstance(known.get(name), str)}
+        named = {"paper": folder.name.split("-")[0], "preset": ""} | named
+        return Run(**named, folder=folder, status="damaged", error=str(error), sample=sample)
     fields = ("paper", "preset", "status", "parameters", "seconds", "error", "started")
     run = Run(**{name: known[name] for name in fields if name in known}, folder=folder, sample=sample)
     if run.status == "running" and not is_locked(folder / ".lock"): run.status = "stopped"

@@ -33,7 +33,8 @@ def _listed(
     try: found = [] if unordered else list(islice(values, MOST_NODES ** 2 + 1))
     except TypeError: unordered = True  # an array without dimensions
     if unordered: raise ParameterError(f"{what} must be a list, got {reprlib.repr(values)}")
-    if len(found) > MOST_NODES ** 2: raise ParameterError(f"{what} must have at most {MOST_NODES ** 2} entries, and has more")
+    if len(found) > MOST_NODES ** 2:
+        raise ParameterError(f"{what} must have at most {MOST_NODES ** 2} entries, and has more")
     return found
 
 def _node(
@@ -49,14 +50,15 @@ def _edge(
 ) -> tuple:     # the same as str and int
     "An edge whose operation exists and whose nodes are numbers."
     if not isinstance(edge, (tuple, list)) or not 2 <= len(edge) <= 3 or not isinstance(edge[0], str):
-        raise ParameterError(f"the {cell} cell needs edges (operation, source), two a node or nested per node, or (operation, source, target); "
-                             f"got {reprlib.repr(edge)}")
+        raise ParameterError(f"the {cell} cell needs edges (operation, source), two a node or nested per node, "
+                             f"or (operation, source, target); got {reprlib.repr(edge)}")
     if edge[0] not in operations: raise unknown_name("operation", edge[0], operations)
     nodes = tuple(map(_node, edge[1:]))
-    if None in nodes: raise ParameterError(f"nodes are whole numbers, got {reprlib.repr(tuple(edge))} in the {cell} cell")
+    if None in nodes:
+        raise ParameterError(f"nodes are whole numbers, got {reprlib.repr(tuple(edge))} in the {cell} cell")
     return str(edge[0]), *nodes
 
-# %% ../../nbs/05_space/genotypes.ipynb #86c55360
+# %% ../../nbs/05_space/genotypes.ipynb #4dedca4d
 def _nested(
     rows: list,  # of a cell
     cell: str,   # for messages
@@ -66,14 +68,29 @@ def _nested(
     for target, row in enumerate(rows, 2):
         for name, *ends in (_edge(edge, cell) for edge in _listed(row, f"node {target} of the {cell} cell")):
             if len(ends) == 2 and target not in ends:
-                raise ParameterError(f"{(name, *ends)!r} of the {cell} cell stands in the list of node {target} and leads elsewhere")
+                raise ParameterError(f"{(name, *ends)!r} of the {cell} cell stands in the list of node {target} "
+                                     "and leads elsewhere")
             triples.append((name, min(ends), target))
     return triples
+
+# %% ../../nbs/05_space/genotypes.ipynb #86c55360
+def _checked_ends(
+    edges: list,  # triples
+    cell: str,    # "normal" or "reduce", for messages
+    flat: bool,   # whether the targets were said by places
+) -> list:        # the same
+    "Refuse edges that do not lead from an earlier node to a later one."
+    for name, source, target in edges:
+        if 2 <= target < MOST_NODES and 0 <= source < target: continue
+        edge = (name, source) if flat else (name, source, target)
+        raise ParameterError(f"an edge leads from an earlier node to node 2 or later, below {MOST_NODES}; "
+                             f"{edge!r} in the {cell} cell leads from {source} to {target}")
+    return edges
 
 def _read_edges(
     edges: Iterable,  # in one of the three forms
     cell: str,        # "normal" or "reduce", for messages
-) -> tuple:           # triples (operation, source, target); how many nodes the form speaks of, None for triples; whether it is flat pairs
+) -> tuple:           # triples; of how many nodes, None if unsaid; whether they were flat pairs
     "The edges of a cell; refuse those that no cell could have."
     rows = _listed(edges, f"edges of the {cell} cell")
     def holds_edges(row): return isinstance(row, (tuple, list)) and (not row or isinstance(row[0], (tuple, list)))
@@ -81,18 +98,17 @@ def _read_edges(
     made = _nested(rows, cell) if nested else [_edge(row, cell) for row in rows]
     if not made: raise ParameterError(f"the {cell} cell is empty: it has no edges")
     if len({len(edge) for edge in made}) > 1:
-        raise ParameterError(f"the {cell} cell mixes edges (operation, source) and (operation, source, target); write all of them in one form")
+        raise ParameterError(f"the {cell} cell mixes edges (operation, source) and (operation, source, target); "
+                             "write all of them in one form")
     flat = len(made[0]) == 2
     if flat and len(made) % 2:
-        raise ParameterError(f"edges (operation, source) come two a node, but the {cell} cell has {len(made)}; nest them per node, "
-                             "[[edge, edge, ...], ...], or write (operation, source, target) if nodes have other numbers of inputs")
+        raise ParameterError(f"edges (operation, source) come two a node, but the {cell} cell has {len(made)}; nest them "
+                             "per node, [[edge, edge, ...], ...], or write (operation, source, target) if nodes have other "
+                             "numbers of inputs")
     if flat: made = [(name, source, 2 + i // 2) for i, (name, source) in enumerate(made)]
-    elif all(source > target for _, source, target in made): made = [(name, source, target) for name, target, source in made]
-    for name, source, target in made:
-        if not (2 <= target < MOST_NODES and 0 <= source < target):
-            raise ParameterError(f"an edge leads from an earlier node to node 2 or later, below {MOST_NODES}; "
-                                 f"{(name, source) if flat else (name, source, target)!r} in the {cell} cell leads from {source} to {target}")
-    return made, len(rows) if nested else len(made) // 2 if flat else None, flat
+    elif all(source > target for _, source, target in made):
+        made = [(name, source, target) for name, target, source in made]
+    return _checked_ends(made, cell, flat), len(rows) if nested else len(made) // 2 if flat else None, flat
 
 # %% ../../nbs/05_space/genotypes.ipynb #cce4e801
 def active_edges(
@@ -127,14 +143,16 @@ def _settled(
     kept, active = active_edges(edges)
     left, said = tuple(node for node in concat if node in active), []
     for edge in edges:
-        if edge not in kept: said.append(f"edge {edge!r} of the {cell} cell starts at node {edge[1]}, which has no input; it is dropped")
+        if edge in kept: continue
+        said.append(f"edge {edge!r} of the {cell} cell starts at node {edge[1]}, which has no input; it is dropped")
     gone = sorted(set(concat) & {node for edge in edges if edge not in kept for node in edge[1:]} - set(active))
     if gone: said[-1] += f", and {cell}_concat loses {gone}"
     if not left: raise ParameterError(f"the {cell} cell is empty: no node of {cell}_concat={list(concat)} has an input")
     unread = _unread(kept, left)
     if unread:
-        said.append(f"nodes {unread} of the {cell} cell do not reach its output, so their operations never learn; name them in {cell}_concat, or, "
-                    "if nodes have other numbers of inputs, nest the edges per node or write (operation, source, target)")
+        said.append(f"nodes {unread} of the {cell} cell do not reach its output, so their operations never learn; name "
+                    f"them in {cell}_concat, or, if nodes have other numbers of inputs, nest the edges per node or write "
+                    "(operation, source, target)")
     for text in said: warnings.warn(text, TopologyWarning, stacklevel=5)
     return kept, left
 
@@ -149,7 +167,8 @@ def _checked_concat(
     found = tuple(map(_node, given))
     if not found: raise ParameterError(f"the {cell} cell is empty: {cell}_concat names no node")
     if None in found or len(set(found)) < len(found) or not all(2 <= node < MOST_NODES for node in found):
-        raise ParameterError(f"{cell}_concat must list different nodes from 2 to {MOST_NODES - 1}, got {reprlib.repr(given)}")
+        raise ParameterError(f"{cell}_concat must list different nodes from 2 to {MOST_NODES - 1}, "
+                             f"got {reprlib.repr(given)}")
     if nodes is not None and max(found) > nodes + 1:
         raise ParameterError(f"{cell}_concat names nodes {sorted(node for node in found if node > nodes + 1)}, "
                              f"but the edges end at nodes 2 to {nodes + 1}")
@@ -171,7 +190,7 @@ def _shortest(
     concat: tuple,  # nodes
 ) -> tuple:         # pairs where the targets are clear from the places, else the triples
     "The form in which edges are kept."
-    two_each = [target for *_, target in edges] == [2 + i // 2 for i in range(len(edges))] and len(edges) % 2 == 0
+    two_each = len(edges) % 2 == 0 and [target for *_, target in edges] == [2 + i // 2 for i in range(len(edges))]
     return tuple(edge[:2] for edge in edges) if two_each and not _two_readings(edges, concat) else tuple(edges)
 
 def _checked_cell(
@@ -184,19 +203,20 @@ def _checked_cell(
     concat = _checked_concat(concat, nodes, cell)
     fewer = _two_readings(triples, concat) if flat else 0
     if fewer:
-        raise ParameterError(f"the {len(triples)} edges of the {cell} cell can be read as {nodes} nodes with two inputs each, or as all edges of "
-                             f"{fewer} nodes; {cell}_concat={list(concat)} fits the second. Nest them per node, [[edge, edge], [edge, edge, edge], "
-                             "...], or write (operation, source, target)")
+        raise ParameterError(f"the {len(triples)} edges of the {cell} cell can be read as {nodes} nodes with two inputs "
+                             f"each, or as all edges of {fewer} nodes; {cell}_concat={list(concat)} fits the second. Nest them "
+                             "per node, [[edge, edge], [edge, edge, edge], ...], or write (operation, source, target)")
     triples, concat = _settled(triples, concat, cell)
     return _shortest(triples, concat), concat
 
-# %% ../../nbs/05_space/genotypes.ipynb #038d9e5d
+# %% ../../nbs/05_space/genotypes.ipynb #7232baa9
 def with_targets(
     edges: tuple,  # pairs or triples
 ) -> tuple:        # triples (operation, source, target)
     "The edges with their targets written out."
     return tuple(edge if len(edge) == 3 else (*edge, 2 + number // 2) for number, edge in enumerate(edges))
 
+# %% ../../nbs/05_space/genotypes.ipynb #038d9e5d
 @dataclass(frozen=True)
 class Genotype:
     "The two cells of a DARTS network; edges are (operation, source) or (operation, source, target)."
@@ -226,6 +246,14 @@ class Genotype:
     def count(self, operation: str, cell: str = "normal") -> int:
         "How many edges of a cell carry an operation."
         return sum(name == check_choice(operation, tuple(operations), "operation") for name, _, _ in self.edges(cell))
+
+    def short(self) -> str:
+        "One line, as \"s30 s31 | mp0 mp1\", with concatenated nodes where these are not all; JSON if nodes are above 9."
+        concats = [self.concat(cell) for cell in ("normal", "reduce")]
+        ends = [sorted({target for *_, target in self.edges(cell)}) for cell in ("normal", "reduce")]
+        if max(map(max, ends)) > 9: return self.to_json()
+        line = f"{encode_cell(self.normal)} | {encode_cell(self.reduce)}"
+        return line if concats == [*map(tuple, ends)] else line + " | " + ",".join("".join(map(str, c)) for c in concats)
 
     def to_json(self) -> str:
         "As JSON, four keys."

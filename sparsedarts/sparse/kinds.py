@@ -136,14 +136,17 @@ def outside_inference(
     "Leave `torch.inference_mode` inside a function; gradients stay off there, as they were."
     @functools.wraps(function)
     def leave(*args, **kwargs):
-        if not torch.is_inference_mode_enabled(): return function(*args, **kwargs)
+        networks = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
+        never = any(weight.is_inference() for network in networks for weight in network.parameters())  # nobody can train it
+        if never or not torch.is_inference_mode_enabled(): return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad(): return function(*args, **kwargs)
     return leave
 
 def check_trainable(
     network: nn.Module,   # any
 ) -> None:
-    "Raise if the network was made inside `torch.inference_mode`."
+    "Raise outside `torch.inference_mode` if the network was made inside."
+    if torch.is_inference_mode_enabled(): return
     for name, weight in network.named_parameters():
         if not weight.is_inference(): continue
         raise ParameterError(f"{name!r} was made inside torch.inference_mode(), so neither masks nor training can change it: make the network outside")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import CheckpointError, ParameterError, ShapeError, unknown_name
-from ..files import atomic_write
+from ..files import load_tensors, save_tensors, validated
 from .kinds import KIND_NAMES, maskable_weights
 
 # %% ../../nbs/02_sparse/masks.ipynb #2f927cd0
@@ -182,10 +182,8 @@ def save_masks(
     masks: Masks,      # what to save
     path: str | Path,  # where to write, for example "masks.safetensors"
 ) -> Path:             # the path
-    "Write masks to a safetensors file atomically."
-    from safetensors.torch import save
-    data = save({name: mask.cpu() for name, mask in masks.items()}, metadata={"format": FORMAT, "order": json.dumps(list(masks))})
-    return atomic_write(path, data)
+    "Write masks to a safetensors file with a checksum, atomically."
+    return save_tensors(path, masks, {"format": FORMAT, "order": json.dumps(list(masks))})
 
 # %% ../../nbs/02_sparse/masks.ipynb #05503454
 def load_masks(
@@ -193,18 +191,17 @@ def load_masks(
     device: str | torch.device = "cpu",  # where the masks go
 ) -> Masks:
     "Read masks from a safetensors file; a missing, damaged or foreign file is a `CheckpointError`."
-    from safetensors import safe_open
     if not Path(path).is_file(): raise CheckpointError(f"no file of masks {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file ({error}); save the masks again or restore a copy") from error
+    tensors, header = load_tensors(path)
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a safetensors file, but not one of masks (its header says {header.get('format')!r}, expected {FORMAT!r})")
-    try: return Masks({name: tensors[name] for name in json.loads(header["order"])})
-    except (KeyError, ValueError) as error: raise CheckpointError(f"{path} does not hold valid masks: {error}") from error
+    try:
+        order = validated(json.loads(header["order"]), list[str], path, ValueError)
+        wrong = [f"{name!r} is of {tensors[name].dtype}" for name in order if tensors[name].dtype not in (torch.uint8, torch.bool)]
+        if wrong: raise ValueError(f"{wrong[0]}, a mask is stored as torch.uint8")
+        if set(order) != set(tensors): raise ValueError(f"{sorted(set(order) ^ set(tensors))[0]!r} is not in its order of layers")
+        return Masks({name: tensors[name] for name in order}).to(device)
+    except (KeyError, ValueError, RecursionError) as error: raise CheckpointError(f"{path} does not hold valid masks: {error}") from error
 
 # %% ../../nbs/02_sparse/masks.ipynb #81876ee9
 def kernel_tiles(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'pack_bits', 'unpack_bits', 'packed_bytes', 'sparse_parts', 'pack_state', 'save_packed',
-           'packed_sizes', 'read_packed', 'Packed', 'unpack_state', 'check_fits', 'load_packed']
+           'packed_sizes', 'PackedMask', 'PackedHeader', 'read_packed', 'Packed', 'unpack_state', 'check_fits',
+           'load_packed']
 
 # %% ../../nbs/02_sparse/packed.ipynb #43edbc7a
 import json
@@ -12,13 +13,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from ..core import CheckpointError, ParameterError, ShapeError, unknown_name
-from ..files import atomic_write
+from ..core import CheckpointError, ParameterError, ShapeError, refuse_not_finite, unknown_name
+from ..files import load_tensors, save_tensors, validated
 from .layers import apply_masks, check_held, masked_layers, unwrapped
 from .masks import Masks
 
@@ -102,12 +105,11 @@ def save_packed(
     path: str | Path,                           # where to write, for example "sparse.safetensors"
     masks: Mapping[str, Tensor] | None = None,  # of a state dictionary: name of the weight -> 0 and 1
 ) -> Path:                                      # the path
-    "Write a sparse checkpoint atomically; weights behind soft masks are left out for good."
-    from safetensors.torch import save
+    "Write a sparse checkpoint with a checksum, atomically; weights behind soft masks are left out for good."
+    if isinstance(source, nn.Module):
+        refuse_not_finite(dict(unwrapped(source).named_parameters()), "the network to be packed", "such weights are not worth a file: take an earlier checkpoint")
     tensors, header = pack_state(*sparse_parts(source, masks))
-    try: data = save(tensors, metadata={"sparsedarts": json.dumps(header)})
-    except (KeyError, TypeError) as error: raise ParameterError(f"safetensors cannot hold {error}; convert that tensor first") from error
-    return atomic_write(path, data)
+    return save_tensors(path, tensors, {"sparsedarts": json.dumps(header)})
 
 # %% ../../nbs/02_sparse/packed.ipynb #708c856a
 def packed_sizes(
@@ -127,27 +129,32 @@ def packed_sizes(
     return table.assign(ratio=table.packed / table.dense.where(table.dense > 0))
 
 # %% ../../nbs/02_sparse/packed.ipynb #120fbd64
+class PackedMask(TypedDict):
+    "What the header says of one mask."
+    shape: list[int]
+    kept: int
+    mode: Literal["soft", "hard"]
+
+class PackedHeader(TypedDict):
+    "What the header says."
+    order: list[str]
+    same: dict[str, str]
+    masks: dict[str, PackedMask]
+    weights: int
+    kept: int
+    density: float
+
 def read_packed(
     path: str | Path,  # a file written by `save_packed`
 ) -> tuple:            # tensors by their name in the file, and the header
     "The parts of a packed file; a missing, truncated or foreign file is a `CheckpointError`."
-    from safetensors import safe_open
-    if not Path(path).is_file(): raise CheckpointError(f"no file {path}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get("sparsedarts")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = json.loads(text) if text else {}
-        known = isinstance(header, dict) and header.get("format") == FORMAT
-    except Exception as error:
-        with open(path, "rb") as file: pickled = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        why = "a pickle (torch.save), which could run code when opened" if pickled else f"not a complete safetensors file ({error})"
-        what = "use load_checkpoint for our own, or save it with save_packed" if pickled else "save it again or restore a copy"
-        raise CheckpointError(f"{path} is {why}: {what}") from error
-    if not known: raise CheckpointError(f"{path} is a safetensors file, but not a packed network: its header has no format {FORMAT!r}")
+    tensors, texts = load_tensors(path)
+    try: header = json.loads(texts.get("sparsedarts", "{}"))
+    except (ValueError, RecursionError): header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT: raise CheckpointError(f"{path} is a safetensors file, but not a packed network: its header has no format {FORMAT!r}")
     if header.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {header.get('version')!r} of the format, this package reads {VERSION}")
-    return tensors, header
+    return tensors, validated(header, PackedHeader, path, CheckpointError, "save it again or restore a copy")
 
 # %% ../../nbs/02_sparse/packed.ipynb #5858f3c8
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['RESULT_SETTINGS', 'Search', 'fresh_random', 'own_random', 'alpha_values', 'switched_on', 'architecture_gradient',
            'architecture_step', 'weight_step', 'advance', 'check_classes', 'check_state', 'alpha_statistics',
            'close_epoch', 'evaluate_half', 'SearchResult', 'genotype_at', 'run_search', 'search_state', 'described',
-           'open_search', 'save_search', 'memory_report', 'mixing_weights']
+           'SearchState', 'open_search', 'save_search', 'memory_report', 'mixing_weights']
 
 # %% ../../nbs/07_strategy/bilevel.ipynb #e6bb734d
 import contextlib
@@ -14,18 +14,22 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from ..core import NumericalError, ParameterError, check_number, derive_seed, get_device, restore_rng, rng_state, seed_everything
+from ..core import (CheckpointError, NumericalError, ParameterError, check_number, derive_seed, get_device, refuse_not_finite, restore_rng, rng_state,
+                              seed_everything)
 from ..space.darts import Supernet
 from .gradients import ArchGradient, batch_loss, buffers_kept, first_order, held_constant, second_order, trained_weights
 from .setup import (SearchSettings, alpha_optimizer, audience, check_supernet, epoch_lr, search_batches, search_parts,
                                         search_settings, weight_optimizer)
 from .stopping import dominant_eigenvalue, stopping_rule
-from ..training.checkpoints import Checkpoint, data_signature, pack, signature, unpack
+from ..training.checkpoints import Checkpoint, data_signature, fitting, pack, signature, unpack
+from ..training.finite import may_be_infinite, numbers_of
 from ..training.metrics import Meter, Reporter, check_logits, evaluate, first_output, memory_format, modes_kept
 from ..training.optim import cross_entropy
 
@@ -55,7 +59,8 @@ class Search:
         self.meter, self.arch_meter = (Meter(self.steps_per_epoch, self.device) for _ in range(2))
         self.steps_done, self.rows, self.frames, self.kept_epoch = 0, [], [alpha_values(supernet)], None
         self.seconds, self.random, self.batch, self.arch_batch, self.arch_gradients = 0.0, fresh_random(s.seed), None, None, None
-        self.checkpoint = open_search(self)
+        self.checkpoint, self.infinite = open_search(self), may_be_infinite(supernet)
+        refuse_not_finite(numbers_of(supernet), "before its search, the supernet", "give it finite weights", known=self.infinite)
 
     @property
     def epoch(self) -> int: return math.ceil(self.steps_done / self.steps_per_epoch)
@@ -199,20 +204,23 @@ def check_classes(
     restore_rng(generators)
 
 def check_state(
-    search: Search,  # its losses of this epoch are read
+    search: Search,         # its losses of this epoch are read
+    weights: bool = False,  # its weights, statistics and optimisers too
 ) -> None:
-    "Stop at a loss or an alpha that is not finite."
-    s = search.settings
+    "Stop at a number that is not finite, naming its step and what is left."
+    s, kept = search.settings, search.checkpoint.kept() if search.checkpoint else ""
     for meter, what, cure in ((search.arch_meter, "architecture loss", f"lower arch_lr (now {s.arch_lr}) or lr (now {s.lr})"),
                               (search.meter, "training loss", f"lower lr (now {s.lr}) or clip (now {s.clip})")):
         bad = meter.first_bad()
         if bad is None: continue
         step = search.steps_done - len(meter.counts) + bad + 1
-        raise NumericalError(f"the {what} became {meter.losses[bad].item()} at step {step} of {search.steps}; {cure}")
+        raise NumericalError(f"the {what} became {meter.losses[bad].item()} at step {step} of {search.steps}; {cure}{kept}")
     for name, alpha in search.supernet.alphas.items():
         if not alpha.isfinite().all():
             raise NumericalError(f"{int((~alpha.isfinite()).sum())} of {alpha.numel()} alphas of the {name} cell are not finite "
-                                 f"after step {search.steps_done}; lower arch_lr (now {s.arch_lr})")
+                                 f"after step {search.steps_done}; lower arch_lr (now {s.arch_lr}){kept}")
+    if weights: refuse_not_finite(numbers_of(search.supernet, (search.optimizer, search.arch_optimizer)), f"after step {search.steps_done} of {search.steps}, the supernet",
+                                  f"lower lr (now {s.lr}) or clip (now {s.clip}){kept}", known=search.infinite)
 
 # %% ../../nbs/07_strategy/bilevel.ipynb #cd22b3ef
 def alpha_statistics(
@@ -230,7 +238,7 @@ def close_epoch(
     search: Search,  # its history and trajectory grow
 ) -> None:
     "A row for the history, a frame for the trajectory, and the stopping rule."
-    check_state(search)
+    check_state(search, weights=True)
     s, net, last = search.settings, search.supernet, search.steps_done == search.steps
     train, index = search.meter.summary(), search.epoch - 1
     arch = {f"arch_{what}": search.arch_meter.summary()[f"train_{what}"] for what in ("loss", "accuracy")} if search.arch_meter.counts else {}
@@ -244,6 +252,7 @@ def close_epoch(
     if search.done or (s.evaluate_every and search.epoch % s.evaluate_every == 0):
         scores = evaluate_half(search)
         row |= {"valid_loss": scores["loss"], "valid_accuracy": scores["accuracy"]}
+    refuse_not_finite(row, f"epoch {search.epoch} of the search", "lower lr and arch_lr" + (search.checkpoint.kept() if search.checkpoint else ""))
     search.rows.append({**row, "seconds": train["seconds"]})
     for listener in search.heard["after_epoch"]: listener(search)
     search.meter.reset()
@@ -310,6 +319,7 @@ def run_search(
         finally:
             search.batches.close()
             search.arch_batches.close()
+    check_state(search, weights=True)
     metrics = {name: value for name, value in search.rows[-1].items() if name not in ("epoch", "lr", "seconds")}
     return SearchResult(search.genotype(), search.history, search.seconds, search.trajectory, metrics, search.supernet, search.kept_epoch)
 
@@ -329,6 +339,16 @@ def described(rule) -> str:
     "A rule as text, the same in every process."
     return type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)
 
+class SearchState(TypedDict):
+    "What a checkpoint of a search holds."
+    steps_done: int
+    rows: list[dict[str, Any]]
+    frames: list[dict[str, Any]]
+    kept_epoch: int | None
+    seconds: float
+    random: dict[str, Any]
+    parts: dict[str, Any]
+
 def open_search(
     search: Search,          # just built; moved to where its file stands
 ) -> Checkpoint | None:      # None where no path was given
@@ -339,18 +359,22 @@ def open_search(
     shapes = {name: tuple(alpha.shape) for name, alpha in search.supernet.alphas.items()}
     configuration |= dict(steps=search.steps, network=signature(search.supernet), alphas=shapes, data=data_signature(search.data))
     checkpoint = Checkpoint(s.checkpoint, configuration, s.checkpoint_every)
-    state = checkpoint.load()
+    state = checkpoint.load(SearchState)
     if state is not None:
         unpack(search_state(search), state["parts"], checkpoint.path)
         search.steps_done, search.rows, search.frames, search.kept_epoch, search.seconds, search.random = (
             state[name] for name in ("steps_done", "rows", "frames", "kept_epoch", "seconds", "random"))
+        with fitting(checkpoint.path, "random generators"), own_random(search): pass
+        numbers = numbers_of(search.supernet, (search.optimizer, search.arch_optimizer), alphas=search.supernet.alphas)
+        refuse_not_finite(numbers, f"{checkpoint.path}, saved after step {search.steps_done}", "no search comes back from that: delete it to start again, or restore a copy",
+                          CheckpointError, known=may_be_infinite(search.supernet))
     return checkpoint
 
 def save_search(
     search: Search,  # not changed
 ) -> None:
     "Write everything the search needs to go on."
-    check_state(search)
+    check_state(search, weights=True)
     state = {name: getattr(search, name) for name in ("steps_done", "rows", "frames", "kept_epoch", "seconds", "random")}
     search.checkpoint.save(state | {"parts": pack(search_state(search))})
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['describe', 'code_of', 'checksum', 'signature', 'data_signature', 'mask_state', 'load_mask_state', 'Checkpoint',
-           'pack', 'unpack']
+           'pack', 'unpack', 'fitting']
 
 # %% ../../nbs/06_training/checkpoints.ipynb #a7fcfafa
+import contextlib
 import functools
-import glob
 import hashlib
 import time
 import zlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import CheckpointError, check_number
-from ..files import load_checkpoint, save_checkpoint
+from ..files import clear_abandoned, load_checkpoint, save_checkpoint, validated
 from ..sparse.layers import apply_masks, masked_layers
 from ..sparse.masks import Masks
 
@@ -73,13 +73,26 @@ def signature(
 # %% ../../nbs/06_training/checkpoints.ipynb #09d0f1e8
 def data_signature(
     data,     # from `load_data`, or anything with a `train` split
-) -> str:     # "digits, 718 training images of (1, 8, 8), labels 1a2b3c4d, augmentation {pad: 1}"
+) -> str:     # "digits, images (1, 8, 8), train 450 labels 1a2b3c4d images 5e6f7a8b, valid ..., augmentation {pad: 1}"
     "A data set as text."
-    labels = getattr(data.train, "labels", None)
     name, shape = getattr(data, "name", type(data).__name__), getattr(data, "shape", None)
+    there = [part for part in ("train", "valid", "test") if hasattr(getattr(data, part, None), "__len__")]
+    parts = [f"{part} {_split_signature(getattr(data, part))}" for part in there]
+    augmentation = describe(getattr(data, "augmentation", None))
+    return ", ".join([f"{name}, images {shape and tuple(shape)}", *parts, f"augmentation {augmentation}"])
+
+def _split_signature(
+    split,    # of `load_data`, or anything with a length, perhaps with labels and images
+) -> str:     # "450 labels 1a2b3c4d images 5e6f7a8b normalised by [...]"
+    "One part of a data set as text."
+    labels, store, statistics = getattr(split, "labels", None), getattr(split, "store", None), ""
     known = checksum(labels) if isinstance(labels, Tensor) else "unknown"
-    return (f"{name}, {len(data.train)} training images of {shape and tuple(shape)}, labels {known}, "
-            f"augmentation {describe(getattr(data, 'augmentation', None))}")
+    if hasattr(store, "fingerprint"):
+        pixels = f"{zlib.crc32(store.fingerprint().encode(), int(checksum(split.indices), 16)):08x}"
+    else: pixels = checksum(split.images) if isinstance(getattr(split, "images", None), Tensor) else "unknown"
+    if hasattr(split, "mean"):
+        statistics = " normalised by " + " ".join(f"{value:.5g}" for value in (*split.mean, *split.std))
+    return f"{len(split)} labels {known} images {pixels}{statistics}"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #7e99e943
 def mask_state(
@@ -97,6 +110,18 @@ def load_mask_state(
         chosen = {name: entry["mask"] for name, entry in state.items() if entry["mode"] == mode}
         if chosen: apply_masks(model, Masks(chosen), mode=mode)
 
+# %% ../../nbs/06_training/checkpoints.ipynb #f2c9a670
+def _difference(
+    name: str,   # of an option
+    was: str,    # its description in a file
+    now: str,    # its description in this run
+) -> str:        # "data was train 3 labels 1a2b images 3c4d, now train 3 labels 1a2b images 5e6f"
+    "What differs between two descriptions; of long ones that agree in most parts, only the parts that differ."
+    pairs = list(zip(was.split(", "), now.split(", ")))
+    if name == "data" and was.count(", ") == now.count(", "):
+        was, now = (", ".join(parts) for parts in zip(*[pair for pair in pairs if pair[0] != pair[1]]))
+    return f"{name} was {was}, now {now}"
+
 # %% ../../nbs/06_training/checkpoints.ipynb #63f0ed0c
 class Checkpoint:
     "A run's checkpoint file: when to write it, and whether it belongs to this run."
@@ -106,7 +131,7 @@ class Checkpoint:
         every: int | str | None = None,  # steps between writes, "epoch", or None: twice a minute
     ):
         if every not in (None, "epoch"): check_number(every, "checkpoint_every ('epoch', None or a number of steps)", low=1, integer=True)
-        self.path, self.every, self.last = Path(path), every, time.monotonic()
+        self.path, self.every, self.last, self.held = Path(path), every, time.monotonic(), None
         self.configuration = {name: describe(value) for name, value in configuration.items()}
         if self.path.is_dir(): raise CheckpointError(f"{self.path} is a folder; checkpoint must be the path of a file")
 
@@ -125,20 +150,30 @@ class Checkpoint:
         try: save_checkpoint(self.path, {"format": 1, "configuration": self.configuration, **state})
         except OSError as error:
             raise CheckpointError(f"cannot write {self.path}: {error.strerror or error}; an earlier checkpoint there is untouched") from error
-        self.last = time.monotonic()
+        self.last, self.held = time.monotonic(), state.get("step", state.get("steps_done"))
 
-    def load(self) -> dict | None:  # what was saved; None where there is no file yet
+    def load(self,
+        schema=dict,   # what the state must hold, see `validated`
+    ) -> dict | None:  # what was saved; None where there is no file yet
         "Read the file if there is one and insist that it is ours."
-        for leftover in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"): leftover.unlink(missing_ok=True)
+        clear_abandoned(self.path.parent, self.path.name)
         if not self.path.exists(): return None
         state = load_checkpoint(self.path)
         saved = state.get("configuration")
         if state.get("format") != 1 or not isinstance(saved, dict):
             raise CheckpointError(f"{self.path} is not a checkpoint of a training run; give another path")
-        changed = [f"{k} was {saved.get(k, 'absent')}, now {self.configuration.get(k, 'absent')}"
+        changed = [_difference(k, str(saved.get(k, "absent")), self.configuration.get(k, "absent"))
                    for k in sorted({*saved, *self.configuration}) if saved.get(k) != self.configuration.get(k)]
-        if not changed: return state
-        raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
+        if changed:
+            raise CheckpointError(f"{self.path} belongs to another run: {'; '.join(changed)}. Delete the file to start anew, or give this run a path of its own")
+        self.held = state.get("step", state.get("steps_done"))
+        return validated(state, schema, self.path, CheckpointError, "delete it to start again, or restore a copy")
+
+    def kept(self) -> str:  # for the message of an error, "" where there is no file
+        "What is left when a run fails."
+        if not self.path.exists(): return ""
+        moment = "" if self.held is None else f" of step {self.held}"
+        return f". The good checkpoint{moment} in {self.path} is kept: the same call goes on from there"
 
 # %% ../../nbs/06_training/checkpoints.ipynb #2ef3bf68
 def pack(
@@ -155,6 +190,15 @@ def unpack(
     "Load the states in the order of `parts`."
     for name, part in parts.items():
         if not hasattr(part, "load_state_dict"): continue
-        try: part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{where} does not fit this run's {name} ({error}); delete it to start again") from error
+        with fitting(where, name): part.load_state_dict(state[name])
+
+@contextlib.contextmanager
+def fitting(
+    where: str | Path,  # the file that is being read
+    name: str,          # what of the run takes a part of it
+):
+    "Say which file does not fit where something of it cannot be taken."
+    try: yield
+    except (CheckpointError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        if str(where) in str(error): raise
+        raise CheckpointError(f"{where} does not fit this run's {name} ({error}); delete it to start again") from error

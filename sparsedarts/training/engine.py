@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'RESULT_OPTIONS', 'total_steps', 'training_batches', 'listeners', 'Run', 'make_whole', 'takes_images',
            'check_options', 'forward', 'update', 'advance', 'check_finite', 'close_epoch', 'measure', 'open_checkpoint',
-           'save', 'resume', 'TrainResult', 'train', 'state_before', 'put_back', 'train_run']
+           'save', 'RunState', 'resume', 'TrainResult', 'train', 'state_before', 'put_back', 'train_run']
 
 # %% ../../nbs/06_training/engine.ipynb #7b94b5c3
 import inspect
@@ -15,16 +15,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from ..core import (CheckpointError, NumericalError, ParameterError, check_choice, check_number, derive_seed, get_device, restore_rng, rng_state,
-                              seed_everything)
+from ..core import (CheckpointError, NumericalError, ParameterError, check_choice, check_number, derive_seed, get_device, refuse_not_finite,
+                              restore_rng, rng_state, seed_everything)
 from ..sparse.holding import hold
 from ..sparse.layers import check_held, masked_layers, masks_of
-from .checkpoints import (Checkpoint, data_signature, load_mask_state, mask_state, pack, signature,
+from .checkpoints import (Checkpoint, data_signature, fitting, load_mask_state, mask_state, pack, signature,
                                               unpack)
+from .finite import may_be_infinite, numbers_of
 from .metrics import Meter, Reporter, check_logits, evaluate, first_output, format_kept, memory_format, modes_kept
 from .optim import (as_float32, cross_entropy, find_schedule, make_optimizer, precision_tools,
                                         set_lr)
@@ -92,6 +95,7 @@ class Run:
         hard = any(layer.mode == "hard" and layer.weight.requires_grad for layer in masked_layers(model).values())
         self.hold = hold(model, self.optimizer, True if options.loss else None) if hard and self.pruner is None else None
         self.listeners, self.meter = listeners(options.callbacks), Meter(self.steps_per_epoch, self.device)
+        self.checkpoint, self.infinite = None, frozenset()
         self.step, self.history, self.metrics, self.seconds, self.began = 0, [], {}, 0.0, time.perf_counter()
 
     @property
@@ -179,22 +183,24 @@ def advance(
     elif run.step % 100 == 0: check_finite(run)
 
 def check_finite(
-    run: Run,  # its losses of this epoch are read
+    run: Run,                 # its losses of this epoch are read
+    weights: bool = False,    # its weights, statistics and optimiser too
 ) -> None:
-    "Stop at a loss that is not finite, naming its step."
-    bad = run.meter.first_bad()
-    if bad is None: return
-    step, options = run.step - len(run.meter.counts) + bad + 1, run.options
-    raise NumericalError(f"the loss became {run.meter.losses[bad].item()} at step {step} of {run.steps} (epoch {math.ceil(step / run.steps_per_epoch)}); "
-                         f"lower lr (now {options.lr}), clip gradients (clip, now {options.clip}), or warm up (`with_warmup`)"
-                         + (", or use precision='bf16'" if options.precision == "fp16" else ""))
+    "Stop at a number that is not finite, naming its step and what is left."
+    bad, options = run.meter.first_bad(), run.options
+    remedy = (f"lower lr (now {options.lr}), clip gradients (clip, now {options.clip}), or warm up (`with_warmup`)"
+              + (", or use precision='bf16'" if options.precision == "fp16" else "") + (run.checkpoint.kept() if run.checkpoint else ""))
+    if bad is not None:
+        step = run.step - len(run.meter.counts) + bad + 1
+        raise NumericalError(f"the loss became {run.meter.losses[bad].item()} at step {step} of {run.steps} (epoch {math.ceil(step / run.steps_per_epoch)}); {remedy}")
+    if weights: refuse_not_finite(numbers_of(run.model, run.optimizer), f"after step {run.step} of {run.steps}, the network", remedy, known=run.infinite)
 
 # %% ../../nbs/06_training/engine.ipynb #1d83449b
 def close_epoch(
     run: Run,  # its history grows by a row
 ) -> None:
     "One row of metrics; the last one becomes the metrics of the run."
-    check_finite(run)
+    check_finite(run, weights=True)
     summary, every, last = run.meter.summary(), run.options.evaluate_every, run.step == run.steps
     row = dict(epoch=run.epoch, step=run.step, lr=run.options.lr * run.schedule((run.step - 1) / run.steps), seconds=summary.pop("seconds"), **summary)
     if hasattr(run.pruner, "sparsity"): row["sparsity"] = run.pruner.sparsity
@@ -235,22 +241,34 @@ def save(
     checkpoint: Checkpoint,  # written
 ) -> None:
     "Write everything the run needs to go on."
-    check_finite(run)
+    check_finite(run, weights=True)
     check_held(run.model, f"saving a checkpoint at step {run.step}")
     checkpoint.save(dict(step=run.step, history=run.history, metrics=run.metrics, seconds=run.seconds + time.perf_counter() - run.began,
                          masks=mask_state(run.model), parts=pack(run.parts), rng=rng_state()))
+
+class RunState(TypedDict):
+    "What a checkpoint of a training holds."
+    step: int
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    seconds: float
+    masks: dict[str, dict[str, Any]]
+    parts: dict[str, Any]
+    rng: dict[str, Any]
 
 def resume(
     run: Run,                # just built; moved to where the file stands
     checkpoint: Checkpoint,  # read if it exists
 ) -> None:
     "Go on where the file stopped; do nothing where there is none."
-    state = checkpoint.load()
+    state = checkpoint.load(RunState)
     if state is None: return
-    load_mask_state(run.model, state["masks"])
+    with fitting(checkpoint.path, "masks"): load_mask_state(run.model, state["masks"])
     unpack(run.parts, state["parts"], checkpoint.path)
     run.step, run.history, run.metrics, run.seconds = (state[key] for key in ("step", "history", "metrics", "seconds"))
-    restore_rng(state["rng"])
+    with fitting(checkpoint.path, "random generators"): restore_rng(state["rng"])
+    refuse_not_finite(numbers_of(run.model, run.optimizer, metrics=run.metrics), f"{checkpoint.path}, saved after step {run.step}",
+                      "no training comes back from that: delete it to start again, or restore a copy", CheckpointError, known=may_be_infinite(run.model))
 
 # %% ../../nbs/06_training/engine.ipynb #40650533
 @dataclass
@@ -332,8 +350,10 @@ def train_run(
 ) -> TrainResult:
     "Resume, step to the end, save, and sum up."
     import pandas as pd
-    checkpoint = open_checkpoint(run)
+    run.checkpoint = checkpoint = open_checkpoint(run)
     if checkpoint: resume(run, checkpoint)
+    run.infinite = may_be_infinite(run.model)
+    refuse_not_finite(numbers_of(run.model), "before its training, the network", "give it finite weights", known=run.infinite)
     reporter = Reporter(run.options.progress, f"{type(run.model).__name__}{getattr(run.model, 'depth', '')} on {getattr(run.data, 'name', 'data')}", run.steps)
     run.model.train()
     try:
@@ -345,4 +365,5 @@ def train_run(
         for guest in (run.hold, run.pruner):
             if hasattr(guest, "remove"): guest.remove()
         if hasattr(run.batches, "close"): run.batches.close()
+    refuse_not_finite(numbers_of(run.model, metrics=run.metrics), "at its end, the training", "see what its callbacks change", known=run.infinite)
     return TrainResult(run.model, run.metrics, pd.DataFrame(run.history), run.seconds + time.perf_counter() - run.began, run.pruner)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import ParameterError, ShapeError, get_device
+from .finite import check_measured
 
 # %% ../../nbs/06_training/metrics.ipynb #d93ead9d
 def check_logits(
@@ -68,8 +69,9 @@ def evaluate(
             if not losses: check_logits(logits, int(split.labels.max()) + 1)
             losses.append(F.cross_entropy(logits, y, reduction="sum"))
             correct.append((logits.argmax(1) == y).sum())
-    n = len(split)
-    return {"loss": torch.stack(losses).cpu().double().sum().item() / n, "accuracy": 100 * torch.stack(correct).sum().item() / n, "n": n}
+    n, loss = len(split), torch.stack(losses).cpu().double().sum().item() / len(split)
+    check_measured(model, loss, n, logits.shape[1])
+    return {"loss": loss, "accuracy": 100 * torch.stack(correct).sum().item() / n, "n": n}
 
 # %% ../../nbs/06_training/metrics.ipynb #1fb2a63e
 class Meter:

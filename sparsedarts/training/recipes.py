@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRUNER_OPTIONS', 'TRAIN_OPTIONS', 'PHASE_OPTIONS', 'HYDRA_PHASES', 'train_pruned', 'ramp', 'union_mask',
-           'SoftPenalty', 'ScoreGroups', 'RecipeResult', 'Phases', 'phase_options', 'learn_scores', 'fix_masks',
-           'plain_on_error', 'released_cosine', 'write_dense', 'hydra', 'draw_weights', 'neutral_norms', 'edge_popup',
-           'movement']
+           'SoftPenalty', 'ScoreGroups', 'RecipeResult', 'RecipeRecord', 'Phases', 'phase_options', 'learn_scores',
+           'fix_masks', 'plain_on_error', 'released_cosine', 'write_dense', 'hydra', 'draw_weights', 'neutral_norms',
+           'edge_popup', 'movement']
 
 # %% ../../nbs/06_training/recipes.ipynb #0dff209d
 import contextlib
@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from ..core import CheckpointError, ParameterError, check_choice, check_number, derive_seed, unknown_name
-from ..files import read_json, save_checkpoint, write_json
+from ..files import clear_abandoned, read_json, save_checkpoint, validated, write_json
 from ..pruning.allocation import Allocation, warn_if_emptied
 from ..pruning.pruners import Pruner
 from ..pruning.schedules import Schedule
@@ -32,6 +33,7 @@ from ..sparse.layers import densify, masked_layers, masks_of, unwrapped
 from ..sparse.masks import Masks
 from .checkpoints import describe
 from .engine import TrainResult, takes_images, train
+from .finite import refuse_weights
 from .optim import cross_entropy, optimizers
 
 # %% ../../nbs/06_training/recipes.ipynb #e385d7bd
@@ -135,6 +137,11 @@ class RecipeResult:
         accuracies = "".join(f", {phase} {value:.4g} %" for phase, value in found.items() if value is not None)
         return f"RecipeResult(sparsity={self.masks.sparsity:.4g}{accuracies}, {self.seconds:.1f} s)"
 
+class RecipeRecord(TypedDict):
+    "What `recipe.json` holds."
+    configuration: dict[str, str]
+    done: list[str]
+
 class Phases:
     "Trainings of one model that follow each other."
     def __init__(self,
@@ -153,8 +160,9 @@ class Phases:
         "Insist that the folder is ours, or make it so."
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is a file; the checkpoints of a recipe need a folder")
+        clear_abandoned(self.folder)
         if not (self.folder / "recipe.json").exists(): return self._record()
-        record = read_json(self.folder / "recipe.json")
+        record = validated(read_json(self.folder / "recipe.json"), RecipeRecord, self.folder / "recipe.json", CheckpointError, "delete the folder to start anew")
         saved, self.done = record["configuration"], record["done"]
         changed = [f"{k} was {saved.get(k, 'absent')}, now {self.configuration.get(k, 'absent')}"
                    for k in sorted({*saved, *self.configuration}) if saved.get(k) != self.configuration.get(k)]
@@ -261,7 +269,9 @@ def write_dense(
     model: nn.Module,         # plain or with masks
 ) -> None:
     "Write the weights for plain layers, removed ones zero."
-    if path is not None: save_checkpoint(path, {name: value.cpu() for name, value in unwrapped(model).state_dict().items()})
+    if path is None: return
+    refuse_weights(model, "the dense weights to be written")
+    save_checkpoint(path, {name: value.cpu() for name, value in unwrapped(model).state_dict().items()})
 
 def hydra(
     model: nn.Module,                      # trained and masked in place

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DYNAMIC_OPTIONS', 'REWINDS', 'train_dynamic', 'set_training', 'rigl', 'granet', 'Interlude', 'phase_factor',
-           'dense_sparse_dense', 'round_targets', 'moment_of', 'Snapshot', 'held_factor', 'round_schedule', 'Rounds',
-           'cut', 'train_round', 'IterativeResult', 'whole_configuration', 'iterative_magnitude', 'iterative_result']
+           'dense_sparse_dense', 'round_targets', 'moment_of', 'Snapshot', 'held_factor', 'round_schedule',
+           'RoundsState', 'Rounds', 'cut', 'train_round', 'IterativeResult', 'whole_configuration',
+           'iterative_magnitude', 'iterative_result']
 
 # %% ../../nbs/06_training/regimes.ipynb #9c18a6e0
 import functools
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from torch import nn
+from typing_extensions import TypedDict
 
 from ..core import CheckpointError, ParameterError, check_choice, check_number, check_sparsity, unknown_name
 from ..files import short_hash
@@ -28,7 +31,7 @@ from ..pruning.pruners import check_feasible, check_whole
 from ..pruning.schedules import Schedule
 from ..sparse.layers import apply_masks, weight_names
 from ..sparse.masks import Masks
-from .checkpoints import Checkpoint, data_signature, signature
+from .checkpoints import Checkpoint, data_signature, fitting, signature
 from .engine import RESULT_OPTIONS, TrainResult, train
 from .optim import find_schedule, rewound
 from .recipes import TRAIN_OPTIONS, train_pruned
@@ -188,6 +191,13 @@ def round_schedule(
     return rewound(schedule, step / steps)
 
 # %% ../../nbs/06_training/regimes.ipynb #ee15f577
+class RoundsState(TypedDict):
+    "What the file of rounds holds."
+    rows: list[dict[str, Any]]
+    masks: list[dict[str, Any]]
+    weights: dict[str, Any]
+    values: dict[str, Any] | None
+
 class Rounds:
     "An iterative pruning between two rounds, in memory and, where there is a folder, in a file."
     def __init__(self,
@@ -201,13 +211,14 @@ class Rounds:
         self.file = self.folder and Checkpoint(self.folder / "rounds.pt", configuration)
         self.key = self.folder and short_hash(self.file.configuration)
         self.rows, self.masks, self.values = [], [], {}
-        state = self.file.load() if self.file else None
+        state = self.file.load(RoundsState) if self.file else None
         if state is None: return
         self.rows, self.values = state["rows"], state["values"]
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.masks = [Masks({name: unpack_bits(bits, shapes[name]) for name, bits in masks.items()}) for masks in state["masks"]]
-        apply_masks(model, self.masks[-1], "hard")
-        model.load_state_dict(state["weights"])
+        with fitting(self.file.path, "rounds"):
+            self.masks = [Masks({name: unpack_bits(bits, shapes[name]) for name, bits in masks.items()}) for masks in state["masks"]]
+            apply_masks(model, self.masks[-1], "hard")
+            model.load_state_dict(state["weights"])
         for number in range(len(self.rows)): self.path(number).unlink(missing_ok=True)
 
     def path(self, number: int) -> Path | None:
