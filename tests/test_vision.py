@@ -28,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
     for part in ("train", "test"):
         for kind in "ab":
             (pathlib.Path(folder) / part / kind).mkdir(parents=True)
-            for i in range(2): Image.new("RGB", (8, 8)).save(pathlib.Path(folder) / part / kind / f"{i}.png")
+            for i in range(2): Image.new("RGB", (8, 8), (90 * i, 30, 60)).save(pathlib.Path(folder) / part / kind / f"{i}.png")
     loading.load_data(f"imagefolder:{folder}")
 print(tuple(x.shape), "torchvision" in sys.modules)
 """

@@ -8,12 +8,13 @@ __all__ = ['NUMBER', 'VERDICTS', 'STYLE', 'SIGNS', 'Published', 'Condition', 'co
            'Verdicts', 'verdicts', 'claims_html']
 
 # %% ../../nbs/08_reporting/claims.ipynb #f06936b7
-import html
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal, InvalidOperation
+
+from markupsafe import Markup
 
 from ..core import NumericalError, ParameterError, check_number
 from ..plots import check_table, mean_interval
@@ -382,21 +383,23 @@ SIGNS = dict(zip(VERDICTS, (("holds", "✓ "), ("contradicted", "✗ "), ("incon
 def claims_html(
     records: list[dict],  # judged claims
     note: str = "",       # set below the table
-) -> str:                 # HTML
+) -> Markup:              # HTML, with every text of the claims escaped
     "Judged claims as a table: verdict, published beside ours, controls."
-    head = "".join(f"<th scope='col'>{name}</th>" for name in ("claim", "verdict", "published", "ours, interval, seeds", "controls by the same rule"))
-    body = "".join(f"<tr>{_claim_row(record)}</tr>" for record in records)
-    below = f"<p><small>{html.escape(note)}</small></p>" if note else ""
-    table = f"<table class='claims'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"{STYLE}<div class='scroll' style='overflow-x:auto'>{table}</div>{below}"
+    names = ("claim", "verdict", "published", "ours, interval, seeds", "controls by the same rule")
+    head = Markup().join(Markup("<th scope='col'>{}</th>").format(name) for name in names)
+    body = Markup().join(Markup("<tr>{}</tr>").format(_claim_row(record)) for record in records)
+    below = Markup("<p><small>{}</small></p>").format(note) if note else ""
+    table = Markup("<table class='claims'><thead><tr>{}</tr></thead><tbody>{}</tbody></table>").format(head, body)
+    return Markup("{}<div class='scroll' style='overflow-x:auto'>{}</div>{}").format(Markup(STYLE), table, below)
 
 def _claim_row(record):
     "The cells of one claim."
     kind, sign = SIGNS[record["verdict"]]
-    source = f"<br><small>{html.escape(record['published']['where'])}</small>" if record["published"]["where"] else ""
-    rule = f"<br><small>{html.escape(record['rule'])}</small>" if record["ours"]["mean"] is not None else ""
-    controls = "<br>".join(f"{html.escape(c['name'])}: <span class='num'>{c['own']['text']}</span>" for c in record["controls"]) or "none"
-    note = f"<br><small>{html.escape(record['note'])}</small>" if record["note"] else ""
-    return (f"<td>{html.escape(record['statement'])}{rule}</td><td data-label='verdict'><span class='v {kind}'>{sign}{record['verdict']}</span>{note}</td>"
-            f"<td data-label='published'>{html.escape(record['published']['text'])}{source}</td>"
-            f"<td class='num' data-label='ours'>{record['ours']['text']}</td><td data-label='controls'>{controls}</td>")
+    published, ours = record["published"], record["ours"]
+    def small(text): return Markup("<br><small>{}</small>").format(text) if text else ""
+    def control(one): return Markup("{}: <span class='num'>{}</span>").format(one["name"], one["own"]["text"])
+    controls = Markup("<br>").join(map(control, record["controls"])) or "none"
+    return Markup("<td>{}{}</td><td data-label='verdict'><span class='v {}'>{}{}</span>{}</td><td data-label='published'>{}{}</td>"
+                  "<td class='num' data-label='ours'>{}</td><td data-label='controls'>{}</td>").format(
+        record["statement"], small(record["rule"] if ours["mean"] is not None else ""), kind, sign, record["verdict"], small(record["note"]),
+        published["text"], small(published["where"]), ours["text"], controls)

@@ -10,11 +10,13 @@ __all__ = ['TOGGLE', 'CARD', 'BADGES', 'BEGIN', 'END', 'facts', 'facts_html', 'f
 # %% ../../nbs/08_reporting/pages.ipynb #ffaa42e1
 import base64
 import contextlib
-import html
 import io
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import quote
+
+from markupsafe import Markup
 
 from ..core import DataError, ParameterError, RunError
 from ..files import atomic_write, clear_abandoned, project_root, whole_folder, write_json
@@ -43,27 +45,28 @@ def facts(
 # %% ../../nbs/08_reporting/pages.ipynb #02820a3f
 def facts_html(
     fact: dict,   # from `facts`
-) -> str:         # HTML
+) -> Markup:      # HTML
     "The line of small print."
     many = "s" if fact["seeds"] != 1 else ""
     torch = fact["torch"] and f"torch {fact['torch']}" + (f" on {fact['processor']}" if fact["processor"] else "")
     parts = [f"preset {fact['preset']}", fact["dataset"] and f"data {fact['dataset']}", fact["seeds"] and f"{fact['seeds']} seed{many}",
              fact["seconds"] and f"{duration(fact['seconds'])} of computing", torch,
              fact["revision"] and f"commit {fact['revision']}", fact["started"][:16].replace("T", " ")]
-    return '<p class="facts">' + " ".join(f"<span>{html.escape(str(part))}</span>" for part in parts if part) + "</p>"
+    return Markup('<p class="facts">{}</p>').format(Markup(" ").join(Markup("<span>{}</span>").format(part) for part in parts if part))
 
 def failure_html(
     fact: dict,   # from `facts`
-) -> str:         # HTML, "" for a run that did not fail
+) -> Markup:      # HTML, "" for a run that did not fail
     "A failed or stopped run says so, and why."
-    if fact["status"] == "done": return ""
+    if fact["status"] == "done": return Markup()
     text = {"failed": "This run failed.", "stopped": "This run was stopped before its end; the same command continues it.",
             "running": "This run is not finished.", "damaged": "The files of this run are damaged; its next start does it again."}[fact["status"]]
-    error = f"<pre>{html.escape(fact['error'])}</pre>" if fact["error"] else ""
-    return f'<div class="failed"><strong>{text}</strong>{error}</div>'
+    error = Markup("<pre>{}</pre>").format(fact["error"]) if fact["error"] else ""
+    return Markup('<div class="failed"><strong>{}</strong>{}</div>').format(text, error)
 
 # %% ../../nbs/08_reporting/pages.ipynb #c165c91c
-TOGGLE = """<button type="button" onclick="document.querySelectorAll('details.code').forEach(d => d.open = !d.open)">show or hide all code</button>"""
+TOGGLE = Markup("""<button type="button" onclick="document.querySelectorAll('details.code').forEach(d => d.open = !d.open)">"""
+                "show or hide all code</button>")
 
 def run_page(
     run: Run,
@@ -75,12 +78,13 @@ def run_page(
     fact, title = facts(run), f"{run.paper}, {run.preset}"
     source = next((p for p in (run.folder / "notebook.ipynb", run.folder / "failed.ipynb") if p.exists()), None)
     index = Path(os.path.relpath(root / "reports" / "index.html", target)).as_posix()
-    top = f'<nav><a href="{index}">all runs</a> {TOGGLE}</nav>{facts_html(fact)}{failure_html(fact)}'
-    if source is None: return page_html(title, f"{top}<h1>{html.escape(run.paper)}</h1>")
+    top = Markup('<nav><a href="{}">all runs</a> {}</nav>{}{}').format(quote(index), TOGGLE, facts_html(fact), failure_html(fact))
+    head = Markup("{}<h1>{}</h1>").format(top, run.paper)
+    if source is None: return page_html(title, head)
     try: notebook = nbformat.read(source, as_version=4)
     except Exception as error:
         text = f"{source.name} cannot be read: {str(error)[:200]}"
-        return page_html(title, f'{top}<h1>{html.escape(run.paper)}</h1><p class="failed">{html.escape(text)}</p>')
+        return page_html(title, head + Markup('<p class="failed">{}</p>').format(text))
     return page_html(title, top + notebook_html(notebook, root / "nbs" / ("studies" if run.paper in studies(root) else "papers"), target))
 
 # %% ../../nbs/08_reporting/pages.ipynb #de9dba43
@@ -144,28 +148,29 @@ BADGES = dict(zip(VERDICTS, ("holds", "contradicted", "inconclusive", "untested"
 
 def headline_html(
     fact: dict,   # from `facts`
-) -> str:         # HTML, "" without claims
+) -> Markup:      # HTML, "" without claims
     "The paper's number beside ours, the verdicts counted, and all claims behind a click."
-    if not fact["claims"]: return ""
-    head = fact["headline"]
-    published, ours = html.escape(head["published"]["text"]), html.escape(head["ours"]["text"])
-    line = f"<p>{html.escape(head['statement'])}. Paper: <strong>{published}</strong>; ours: <strong>{ours}</strong>, {head['verdict']}.</p>"
-    badges = "".join(f'<span class="badge {BADGES[verdict]}">{n} {verdict}</span>' for verdict, n in fact["counts"].items() if n)
-    table = claims_html(fact["claims"], Verdicts(fact["claims"]).family_note())
-    return f"{line}<p>{badges}</p><details><summary>all {len(fact['claims'])} claims</summary>{table}</details>"
+    if not fact["claims"]: return Markup()
+    head, claims = fact["headline"], fact["claims"]
+    line = Markup("<p>{}. Paper: <strong>{}</strong>; ours: <strong>{}</strong>, {}.</p>").format(
+        head["statement"], head["published"]["text"], head["ours"]["text"], head["verdict"])
+    badges = Markup().join(Markup('<span class="badge {}">{} {}</span>').format(BADGES[verdict], n, verdict)
+                           for verdict, n in fact["counts"].items() if n)
+    table = claims_html(claims, Verdicts(claims).family_note())
+    return Markup("{}<p>{}</p><details><summary>all {} claims</summary>{}</details>").format(line, badges, len(claims), table)
 
 def card_html(
     run: Run,
     link: str,      # to its page, relative to the index
     title: str,     # of the paper
-) -> str:           # HTML
+) -> Markup:        # HTML
     "One run on the index."
     fact, picture = facts(run), base64.b64encode(thumbnail(run)).decode()
-    alt = html.escape(f"Thumbnail: a figure from the run of {run.paper}")
-    image = f'<div class="thumb"><img src="data:image/png;base64,{picture}" alt="{alt}"></div>' if picture else ""
-    head = f'<h2><a href="{link}">{html.escape(title)}</a>{" (committed sample)" if run.sample else ""}</h2>'
-    text = f'<div class="text">{head}{facts_html(fact)}{failure_html(fact)}{headline_html(fact)}</div>'
-    return f'<article class="card{" failed" if run.status in ("failed", "damaged") else ""}">{image}{text}</article>'
+    image = Markup('<div class="thumb"><img src="data:image/png;base64,{}" alt="Thumbnail: a figure from the run of {}"></div>')
+    head = Markup('<h2><a href="{}">{}</a>{}</h2>').format(quote(link), title, " (committed sample)" if run.sample else "")
+    text = Markup('<div class="text">{}{}{}{}</div>').format(head, facts_html(fact), failure_html(fact), headline_html(fact))
+    kind = "card failed" if run.status in ("failed", "damaged") else "card"
+    return Markup('<article class="{}">{}{}</article>').format(kind, image.format(picture, run.paper) if picture else "", text)
 
 # %% ../../nbs/08_reporting/pages.ipynb #9f83b528
 def index_page(
@@ -174,15 +179,21 @@ def index_page(
 ) -> str:                         # HTML
     "The page over all runs."
     groups: dict = {}
-    for run, link in runs: groups.setdefault((run.paper, run.preset, run.sample), []).append(card_html(run, link, titles.get(run.paper, run.paper)))
-    older = "<details><summary>{} older run{} of the same paper and preset</summary>{}</details>"
-    body = "".join(first + (older.format(len(rest), "s" if len(rest) > 1 else "", "".join(rest)) if rest else "") for first, *rest in groups.values())
+    for run, link in runs:
+        groups.setdefault((run.paper, run.preset, run.sample), []).append(card_html(run, link, titles.get(run.paper, run.paper)))
+    def older(rest):
+        if not rest: return Markup()
+        text = f"{len(rest)} older run{'s' if len(rest) > 1 else ''} of the same paper and preset"
+        return Markup("<details><summary>{}</summary>{}</details>").format(text, Markup().join(rest))
+    body = Markup().join(first + older(rest) for first, *rest in groups.values())
     done, failed, damaged = (sum(run.status == status for run, _ in runs) for status in ("done", "failed", "damaged"))
     failures = (f", {failed} failed" if failed else "") + (f", {damaged} damaged" if damaged else "")
-    intro = (f"<p>{len(runs)} run{'' if len(runs) == 1 else 's'}: {done} finished{failures}. "
-             "Verdicts are computed from paired seeds by rules that stand beside the claims; an interval that contains the bound decides nothing.</p>")
-    empty = "<p>No runs yet. Start one with <code>sparsedarts reproduce unionmask</code>.</p>"
-    return page_html("sparsedarts: paper beside ours", f"<h1>What papers claim, and what we measured</h1>{intro}{body or empty}", CARD)
+    intro = Markup("<p>{}</p>").format(
+        f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {done} finished{failures}. "
+        "Verdicts are computed from paired seeds by rules that stand beside the claims; an interval that contains the bound decides nothing.")
+    empty = Markup("<p>No runs yet. Start one with <code>sparsedarts reproduce unionmask</code>.</p>")
+    heading = Markup("<h1>What papers claim, and what we measured</h1>")
+    return page_html("sparsedarts: paper beside ours", heading + intro + (body or empty), CARD)
 
 # %% ../../nbs/08_reporting/pages.ipynb #1a973cfc
 def write_report(
