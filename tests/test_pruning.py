@@ -365,6 +365,7 @@ def test_scores_of_many_weights_are_checked():
 
 def test_warnings_point_at_the_line_that_prunes():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1), torch.nn.LSTM(1, 1))
+    torch.nn.init.constant_(model[1].weight, 1e-9)  # pruned away whole
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         prune(model, 0.999)

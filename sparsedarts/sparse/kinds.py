@@ -130,6 +130,10 @@ def warn_left_dense(
                   DenseWarning, stacklevel=stacklevel)
 
 # %% ../../nbs/02_sparse/kinds.ipynb #da94ba8e
+def _made_in_inference(weight):
+    "Whether a parameter can never be trained; a lazy one is not made yet, and refused elsewhere."
+    return not isinstance(weight, UninitializedParameter) and weight.is_inference()
+
 def outside_inference(
     function: Callable,   # makes tensors that have to last
 ) -> Callable:            # the same, out of inference mode while it runs
@@ -137,7 +141,7 @@ def outside_inference(
     @functools.wraps(function)
     def leave(*args, **kwargs):
         networks = [value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module)]
-        never = any(weight.is_inference() for network in networks for weight in network.parameters())  # nobody can train it
+        never = any(_made_in_inference(weight) for network in networks for weight in network.parameters())  # nobody can train it
         if never or not torch.is_inference_mode_enabled(): return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad(): return function(*args, **kwargs)
     return leave
@@ -148,5 +152,5 @@ def check_trainable(
     "Raise outside `torch.inference_mode` if the network was made inside."
     if torch.is_inference_mode_enabled(): return
     for name, weight in network.named_parameters():
-        if not weight.is_inference(): continue
+        if not _made_in_inference(weight): continue
         raise ParameterError(f"{name!r} was made inside torch.inference_mode(), so neither masks nor training can change it: make the network outside")
