@@ -267,6 +267,25 @@ def test_the_update_of_accumulated_and_clipped_gradients_is_that_of_one_batch():
     assert grown[0] == grown[1] == grown[2] and pruner.history[-1]["grown"] > 0
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0 ** 10])
+def test_several_optimizers_under_a_loss_scaler(scale):
+    "An update takes the place of the step of every optimiser, and its gradients are in one scale, whichever of them the scaler has seen."
+    masks = []
+    for scaled in (False, True):
+        model = net()
+        both = [SGD(model[0].parameters(), 0.1), SGD(model[2].parameters(), 0.1)]
+        pruner, scaler = sd.DynamicPruner(model, both, 0.9, steps=40, every=4, accumulate=2), torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
+        for step in range(40):
+            for optimizer in both: optimizer.zero_grad()
+            scaler.scale(F.cross_entropy(model(X), Y)).backward()
+            for optimizer in both: scaler.step(optimizer)
+            scaler.update()
+            pruner.step()
+        assert len(pruner.history) > 6 and leaks(model) == 0
+        masks.append(pruner.masks)
+    assert masks[0] == masks[1]
+
+
 # ---------------------------------------------------------------------------- any sequence
 
 OPTIMIZERS = [lambda p: SGD(p, 0.05, momentum=0.9, weight_decay=1e-3), lambda p: torch.optim.Adam(p, 1e-2), lambda p: torch.optim.AdamW(p, 1e-2),

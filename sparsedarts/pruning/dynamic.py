@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['decays', 'growths', 'FORMAT', 'cosine', 'constant', 'linear', 'drop_count', 'exchange', 'Growth', 'GradientGrowth',
            'as_growth', 'first_sparsity', 'check_moves', 'DynamicPruner', 'share_of', 'replaces', 'follows', 'begin',
-           'install', 'level_of', 'update', 'Absent', 'listen', 'let_go', 'collect', 'before_step', 'dynamic_settings',
-           'dynamic_state', 'load_dynamic']
+           'install', 'level_of', 'update', 'Absent', 'listen', 'let_go', 'collect', 'before_step', 'forget_gradients',
+           'dynamic_settings', 'dynamic_state', 'load_dynamic']
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #cec03dd7
 import math
@@ -165,7 +165,7 @@ class DynamicPruner:
         warn_if_dense(model, exclude, stacklevel=4)
         for level in (self.initial, self.schedule.target): check_feasible(self.criterion, self.layers, level)
         self.model, self.optimizers, self.fraction, self.accumulate = model, optimizers, fraction, accumulate
-        self.t, self.awaited, self.sums, self.summed, self.history, self.ever = 0, False, {}, 0, [], None
+        self.t, self.awaited, self.replaced, self.sums, self.summed, self.history, self.ever = 0, False, False, {}, 0, [], None
         self.hold, self.absent = hold(model, optimizers, every_step), Absent(self.layers, model)
         self.watch = Watch(model, self.layers, optimizers, "DynamicPruner")
         self.hooks = [part.register_step_pre_hook(lambda part, args, kwargs: before_step(self, part, args, kwargs)) for part in optimizers]
@@ -177,7 +177,7 @@ class DynamicPruner:
         self.watch.check(self.masks)
         self.t, late = self.t + 1, self.awaited
         if follows(self, self.t): update(self, self.t)
-        self.awaited = replaces(self, self.t + 1) or (late and self.t + 1 < self.schedule.last)
+        self.awaited, self.replaced = replaces(self, self.t + 1) or (late and self.t + 1 < self.schedule.last), False
         listen(self)
         self.watch.note()
 
@@ -310,9 +310,12 @@ class Absent:
         "The gradients of this step, averaged over all processes; afterwards there are none."
         sums, self.sums = {name: total for name, total in self.sums.items() if self.layers[name].weight.grad is not None}, {}
         average_over_processes(sums.values())
-        pairs = [(total * self.layers[name].mask, self.layers[name].weight.grad) for name, total in sums.items()]
-        raw, now = (sum(float(part.double().abs().sum()) for part in parts) for parts in zip(*pairs)) if pairs else (0.0, 0.0)
-        return {name: total * (now / raw) for name, total in sums.items()} if raw and math.isfinite(now / raw) else sums
+        return {name: self._scaled(total, self.layers[name]) for name, total in sums.items()}
+
+    def _scaled(self, total, layer):
+        "A sum in the scale that the gradient of its own layer has by now."
+        raw, now = (float(part.double().abs().sum()) for part in (total * layer.mask, layer.weight.grad))
+        return total * (now / raw) if raw and math.isfinite(now / raw) else total
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #b5e15923
 def listen(
@@ -353,6 +356,7 @@ def before_step(
     options: dict,                     # its keyword arguments
 ) -> None:
     "Just before the optimiser steps: collect gradients, and if an update is due make it and leave nothing to do."
+    if pruner.replaced: return forget_gradients(optimizer)  # another optimiser has found the gradients of this step
     if not pruner.listening: return
     if any(argument is not None for argument in (*args[1:], options.get("closure"))):
         raise ParameterError("optimizer.step(closure) computes gradients after the update was chosen; "
@@ -364,7 +368,14 @@ def before_step(
     pruner.awaited = False
     listen(pruner, False)
     update(pruner, pruner.t + 1, {name: gradient / n for name, gradient in gradients.items()})
-    for group in [group for part in pruner.optimizers for group in part.param_groups]:
+    pruner.replaced = True
+    forget_gradients(optimizer)
+
+def forget_gradients(
+    optimizer: torch.optim.Optimizer,  # about to step
+) -> None:
+    "Leave an optimiser nothing to do."
+    for group in optimizer.param_groups:
         for parameter in group["params"]: parameter.grad = None
 
 # %% ../../nbs/03_pruning/dynamic.ipynb #8a2c4033
