@@ -118,9 +118,11 @@ def unknown_name(
 ) -> UnknownName:   # the error, to be raised
     "The error for a name that is not known, with the nearest known ones first."
     known, given = [str(k) for k in known], str(name)[:100]
-    close = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
+    lower = {k.lower(): k for k in reversed(known)}  # "darts_v2" is near "DARTS_V2"
+    close = [lower[k] for k in difflib.get_close_matches(given.lower(), lower, n=2, cutoff=0.5)]
     hint = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
-    shown = known if len(known) <= most else difflib.get_close_matches(given, known, n=most // 3, cutoff=0)
+    nearest = difflib.get_close_matches(given.lower(), lower, n=most // 3, cutoff=0)
+    shown = known if len(known) <= most else [lower[k] for k in nearest]
     rest = f" and {len(known) - len(shown)} more" + (f", listed by {listing}" if listing else "") if len(shown) < len(known) else ""
     return UnknownName(f"unknown {kind} {name!r:.120}{hint} Known: {', '.join(shown) or 'none'}{rest}.")
 
