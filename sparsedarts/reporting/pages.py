@@ -49,7 +49,7 @@ def facts_html(
     "The line of small print."
     many = "s" if fact["seeds"] != 1 else ""
     torch = fact["torch"] and f"torch {fact['torch']}" + (f" on {fact['processor']}" if fact["processor"] else "")
-    parts = [f"preset {fact['preset']}", fact["dataset"] and f"data {fact['dataset']}", fact["seeds"] and f"{fact['seeds']} seed{many}",
+    parts = [fact["preset"] and f"preset {fact['preset']}", fact["dataset"] and f"data {fact['dataset']}", fact["seeds"] and f"{fact['seeds']} seed{many}",
              fact["seconds"] and f"{duration(fact['seconds'])} of computing", torch,
              fact["revision"] and f"commit {fact['revision']}", fact["started"][:16].replace("T", " ")]
     return Markup('<p class="facts">{}</p>').format(Markup(" ").join(Markup("<span>{}</span>").format(part) for part in parts if part))
